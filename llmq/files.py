@@ -1,0 +1,72 @@
+"""Files: hashes, and writes that either happen whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmq.errors import OutputError
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """Return the SHA-256 of a text's UTF-8 bytes, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_files(paths: list[Path]) -> str:
+    """Return one SHA-256 for several files: of each file's own hash, in the order of their names."""
+    if len(paths) == 1:
+        return sha256_file(paths[0])
+    joined = "".join(sha256_file(path) for path in sorted(paths, key=lambda path: path.name))
+    return hashlib.sha256(joined.encode()).hexdigest()
+
+
+def check_absent(path: Path, *, force: bool) -> None:
+    """Raise OutputError when `path` exists and `force` does not allow to replace it. Call before the work, not after."""
+    if path.exists() and not force:
+        raise OutputError(f"output {path} exists already; choose another name, or pass --force to replace it.")
+
+
+@contextmanager
+def atomic_path(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path` (create a file or a folder there); it becomes `path` when the block ends well.
+
+    On any exception the temporary is removed and `path` is untouched.
+    """
+    check_absent(path, force=force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove(temporary)
+    try:
+        yield temporary
+        if path.is_dir():
+            # rename cannot replace a folder that holds files: set the old one aside, so that it is never lost half-way
+            aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(aside)
+            temporary.rename(path)
+            _remove(aside)
+        else:
+            temporary.replace(path)
+    except OSError as error:
+        _remove(temporary)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; check the folder and the free space.") from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

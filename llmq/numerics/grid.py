@@ -1,0 +1,157 @@
+"""Grids: which numbers a stored code can mean. Plain values, comparable, hashable, JSON-able."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from llmq.errors import ShapeError, UsageError
+
+GROUP_SIZES = (32, 64, 128, 256)
+"""Group sizes offered when a shape does not fit (every int4 kernel of the field takes these)."""
+
+ScaleDtype = Literal["float32", "bfloat16", "float16"]
+ZeroPointDomain = Literal["none", "int", "float"]
+_DTYPE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
+
+
+@dataclass(frozen=True, slots=True)
+class IntGrid:
+    """An integer grid with one scale (and zero point) a group of `group_size` consecutive inputs of one output row.
+
+    A code `q` of a group with scale `s` and zero point `z` means, computed in fp32:
+
+    * symmetric (`zero_point="none"`): `q * s`, `q` in [-2**(bits-1), 2**(bits-1) - 1];
+    * asymmetric, `zero_point="int"`: `(q - z) * s`, `q` and `z` in [0, 2**bits - 1];
+    * asymmetric, `zero_point="float"` (tinygemm): `(q - 2**(bits-1)) * s + z`, `z` of `scale_dtype`.
+
+    `group_size=None` is one group a row (per output channel).
+    """
+
+    bits: int
+    group_size: int | None = None
+    symmetric: bool = True
+    zero_point: ZeroPointDomain = "none"
+    scale_dtype: ScaleDtype = "float32"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise UsageError(f"bits must be from 2 to 8, got {self.bits}.")
+        if self.group_size is not None and self.group_size < 1:
+            raise UsageError(f"group_size must be positive or None (one group a row), got {self.group_size}.")
+        if self.symmetric != (self.zero_point == "none"):
+            raise UsageError("a symmetric grid has zero_point='none', an asymmetric one 'int' or 'float'.")
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+    @property
+    def mid(self) -> int:
+        """The code of the middle of an unsigned range, `2**(bits-1)`: tinygemm's offset, and packing's bias."""
+        return 1 << (self.bits - 1)
+
+    def groups(self, k: int) -> int:
+        """Number of groups in a row of `k` inputs; `check` the shape first."""
+        return 1 if self.group_size is None else k // self.group_size
+
+    def bits_per_weight(self, k: int) -> float:
+        """All stored bits of a row of `k` inputs, scales and zero points included, over `k`."""
+        extra = _DTYPE_BITS[self.scale_dtype]
+        if self.zero_point == "int":
+            extra += 8  # stored one a byte
+        elif self.zero_point == "float":
+            extra += _DTYPE_BITS[self.scale_dtype]
+        packed_row_bits = -(-k * self.bits // 8) * 8
+        return (packed_row_bits + self.groups(k) * extra) / k
+
+    def misfit(self, n: int, k: int) -> str | None:
+        """Return why a weight [n, k] does not fit, naming group sizes that would, or None when it fits."""
+        if self.group_size is None or k % self.group_size == 0:
+            return None
+        fits = [size for size in GROUP_SIZES if k % size == 0]
+        others = [size for size in range(8, min(k, 1024) + 1) if k % size == 0]
+        if fits:
+            advice = f"group sizes that fit: {', '.join(map(str, fits))}"
+        elif others:
+            nearest = sorted(others, key=lambda size: abs(size - (self.group_size or 0)))[:3]
+            advice = f"none of {', '.join(map(str, GROUP_SIZES))} fits; nearest divisors: {', '.join(map(str, sorted(nearest)))}"
+        else:
+            advice = "no group size fits"
+        return f"{k} inputs cannot be cut into groups of {self.group_size} ({advice})"
+
+    def check(self, n: int, k: int, fqn: str = "weight") -> None:
+        """Raise ShapeError when a weight [n, k] does not fit."""
+        reason = self.misfit(n, k)
+        if reason:
+            raise ShapeError(f"{fqn} [{n}, {k}] does not fit: {reason}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a manifest; `grid_from_json` reads it."""
+        return {"kind": "int", **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class FloatGrid:
+    """The numbers a floating dtype can hold: the grid of an unquantized weight. There is no scale and no zero point."""
+
+    dtype: ScaleDtype
+
+    def bits_per_weight(self, k: int) -> float:
+        """Bits of one element."""
+        return float(_DTYPE_BITS[self.dtype])
+
+    def misfit(self, n: int, k: int) -> str | None:
+        """Every shape fits."""
+        return None
+
+    def check(self, n: int, k: int, fqn: str = "weight") -> None:
+        """Every shape fits."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a manifest; `grid_from_json` reads it."""
+        return {"kind": "float", **asdict(self)}
+
+
+Grid = IntGrid | FloatGrid
+
+
+def grid_from_json(data: dict[str, Any]) -> Grid:
+    """Inverse of `to_json`."""
+    fields = {key: value for key, value in data.items() if key != "kind"}
+    return IntGrid(**fields) if data["kind"] == "int" else FloatGrid(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationGrid:
+    """Dynamic int8 quantization of the activations, one scale (and integer zero point) a token, computed in fp32.
+
+    symmetric: codes [-127, 127], scale = max(absmax / 127, eps); asymmetric: codes [-128, 127], zero point int.
+    """
+
+    symmetric: bool = True
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class LinearFormat:
+    """What one quantized linear computes: the grid of its weight, and that of its input (None: not quantized)."""
+
+    weight: Grid
+    activation: ActivationGrid | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a manifest; `format_from_json` reads it."""
+        return {"weight": self.weight.to_json(), "activation": asdict(self.activation) if self.activation else None}
+
+
+def format_from_json(data: dict[str, Any]) -> LinearFormat:
+    """Inverse of `LinearFormat.to_json`."""
+    activation = data["activation"]
+    return LinearFormat(grid_from_json(data["weight"]), ActivationGrid(**activation) if activation else None)
