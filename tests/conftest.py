@@ -1,0 +1,44 @@
+"""What every room's tests share: the bundled checkpoint, and the real data where this machine has it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parent.parent
+
+
+def _beside(variable: str, *default: str) -> Path | None:
+    """The folder that `variable` names, else the one beside the checkout, else None."""
+    named = os.environ.get(variable)
+    path = Path(named) if named else REPO.parent.joinpath(*default)
+    return path if path.is_dir() else None
+
+
+WIKITEXT = _beside("LLMQ_WIKITEXT_DIR", "shared", "data", "wikitext-2")
+MODELS = _beside("LLMQ_TEST_MODELS", "shared", "models")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a mistake: let it fail at once
+
+
+@pytest.fixture(scope="session")
+def wt2_8m() -> Path:
+    """The bundled checkpoint: a trained Llama of 8.4 M parameters in Hugging Face layout."""
+    return REPO / "llmq" / "assets" / "wt2-8m"
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """A third party's real llama2.c checkpoint; tests that need it are skipped where it is not."""
+    if MODELS is None or not (MODELS / "stories260K").is_dir():
+        pytest.skip("stories260K is not on this machine (set LLMQ_TEST_MODELS to the folder that holds it)")
+    return MODELS / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> Path:
+    """The folder of the real WikiText-2; tests that need it are skipped where it is not."""
+    if WIKITEXT is None:
+        pytest.skip("WikiText-2 is not on this machine (set LLMQ_WIKITEXT_DIR)")
+    return WIKITEXT
