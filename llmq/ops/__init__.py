@@ -1,0 +1,1 @@
+"""Who multiplies: quantized weights as tensors, and the kernels that run them."""
