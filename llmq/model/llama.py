@@ -1,0 +1,286 @@
+"""Llama: the family's one model, with Hugging Face's parameter names. There is no quantization in it.
+
+    tokens [B, T] -> embed -> h [B, T, hidden] -> block 0 … L-1 -> head (RMSNorm, lm_head) -> logits [B, T, vocab]
+
+Every linear is an nn.Linear and is only ever called, so that its weight may be replaced by any tensor that F.linear
+understands. The model has parameters and no buffers: what depends on positions is made per call or kept in the KV cache,
+so a model built on the meta device is complete once `load_state_dict(..., assign=True)` has filled it.
+
+Precision: RMSNorm and the rotation compute in fp32 and round once, whatever the dtype of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmq.errors import UsageError
+from llmq.model.config import LlamaConfig
+from llmq.model.kv_cache import KVCache, check_context
+from llmq.model.rope import inverse_frequencies, rotate, rotation_table
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Which keys the queries of one call see, for one kind of layer.
+
+    Attributes:
+        keys: the keys to look at.
+        mask: added to the scores [T, keys], 0 or -inf; None: every key is seen, or `causal` says which.
+        causal: query i sees keys 0 … i.
+    """
+
+    keys: slice
+    mask: Tensor | None
+    causal: bool
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What every block of one call shares; `Llama.context` makes it.
+
+    Attributes:
+        cosines: float32 [T, 1, D].
+        sines: float32 [T, 1, D]; see `rope.rotation_table`.
+        full: what layers without a window see.
+        sliding: what layers with a window see.
+        cache: where keys and values are kept; None: there are no others than the call's own.
+        where: the positions of the call in the cache.
+    """
+
+    cosines: Tensor
+    sines: Tensor
+    full: Sight
+    sliding: Sight
+    cache: KVCache | None
+    where: slice | Tensor
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries (GQA, arXiv:2305.13245); one key-value head serves H / H_kv queries."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.sliding = config.window(layer) is not None
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_output_bias)
+
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:
+        """Return the attention's output for `x`, both [B, T, hidden]."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # [B, H_kv, T, D]
+        q = rotate(q, context.cosines, context.sines).transpose(1, 2)  # [B, H, T, D]
+        k = rotate(k, context.cosines, context.sines).transpose(1, 2)
+        sight = context.sliding if self.sliding else context.full
+        if context.cache is None:
+            k = k.to(x.dtype)
+        else:
+            context.cache.write(self.layer, k, v, context.where)
+            k, v = context.cache.keys[self.layer][:, :, sight.keys], context.cache.values[self.layer][:, :, sight.keys]
+        q = q.to(k.dtype)
+        if T == 1:
+            # The heads that share keys become the rows of one small query matrix, so that each key is read once, and not
+            # once for each of them.
+            q = q.reshape(B, self.num_kv_heads, -1, self.head_dim)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask).reshape(B, T, -1)
+        else:
+            grouped = self.num_heads != self.num_kv_heads
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask, is_causal=sight.causal, enable_gqa=grouped)
+            y = y.transpose(1, 2).reshape(B, T, -1)
+        out: Tensor = self.o_proj(y.to(x.dtype))
+        return out
+
+
+class MLP(nn.Module):
+    """The gated MLP, SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the MLP's output for `x`, both [B, T, hidden]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each behind an RMSNorm (arXiv:1910.07467) and added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, h: Tensor, context: BlockContext) -> Tensor:
+        """Return the residual stream after this layer; `h` and the result are [B, T, hidden]."""
+        h = h + self.self_attn(self.input_layernorm(h), context)
+        out: Tensor = h + self.mlp(self.post_attention_layernorm(h))
+        return out
+
+
+class Trunk(nn.Module):
+    """Everything but the head; it exists for its name, `model`, in Hugging Face's parameter names."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """A causal language model of the Llama family.
+
+    Build it under `torch.device("meta")` and fill it with `load_state_dict(state, assign=True)`: nothing is copied. When
+    the embeddings are tied and `state` has no lm_head.weight, the head gets the embedding's own parameter.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.frequencies = inverse_frequencies(config)  # a plain tensor: always real, never in a state dict
+        if config.tie_word_embeddings:
+            self.tie_weights()
+        self.register_load_state_dict_post_hook(_tie_after_load)  # type: ignore[no-untyped-call]  # torch's own gap
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers, in order; each maps (h, context) to h."""
+        return self.model.layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding, of the residual stream and of the logits."""
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is, and where tokens and cache have to be."""
+        return self.model.embed_tokens.weight.device
+
+    def tie_weights(self) -> None:
+        """Make the head's weight the embedding's parameter itself."""
+        self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, start: int | Tensor = 0) -> Tensor:
+        """Return the logits of every token.
+
+        Args:
+            tokens: int64 [B, T].
+            cache: where the keys and values of positions before `start` are, and where those of `tokens` go. A call with
+                a cache is inference: it records no gradients.
+            start: position of the first token. An int reads only the filled part of the cache, which is the fast way in
+                eager mode. A tensor of one integer reads the whole cache under a mask: all its steps have the same shapes,
+                so that torch.compile compiles once; `start + T <= cache.max_length` is then the caller's care.
+
+        Returns:
+            logits [B, T, vocab], in the model's dtype.
+
+        Raises:
+            UsageError: the tokens do not fit into the context or the cache, or the batch is not the cache's.
+        """
+        return self.head(self.hidden(tokens, cache, start))
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, start: int | Tensor = 0) -> Tensor:
+        """Return the residual stream [B, T, hidden] that `head` takes; the arguments are those of `forward`."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            h = self.embed(tokens)
+            context = self.context(h, cache, start)
+            for block in self.blocks:
+                h = block(h, context)
+        return h
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the residual stream [B, T, hidden] before the first block, for `tokens` int64 [B, T]."""
+        h: Tensor = self.model.embed_tokens(tokens)
+        return h
+
+    def head(self, h: Tensor) -> Tensor:
+        """Return logits [B, T, vocab] for the residual stream [B, T, hidden] after the last block."""
+        logits: Tensor = self.lm_head(self.model.norm(h))
+        return logits
+
+    def context(self, h: Tensor, cache: KVCache | None = None, start: int | Tensor = 0) -> BlockContext:
+        """Return what the blocks need besides `h` [B, T, hidden]; it depends on T, dtype and device only, not on values.
+
+        Without a cache, one context serves any number of batches of the same length.
+
+        Raises:
+            UsageError: see `forward`.
+        """
+        B, T, _ = h.shape
+        if cache is None:
+            check_context(T, self.config)
+            positions = torch.arange(T, device=h.device)
+            cosines, sines = rotation_table(self.frequencies.to(h.device), positions)
+            return self._context(cosines, sines, cache, slice(0, T), h.dtype)
+        if cache.batch_size != B:
+            raise UsageError(f"the KV cache is for {cache.batch_size} sequences, got {B}; make one of that batch size.")
+        if isinstance(start, Tensor):
+            positions = start + torch.arange(T, device=h.device)  # [T], from [] or [1]
+            return self._context(cache.cosines[positions], cache.sines[positions], cache, positions, cache.dtype)
+        if start < 0 or start + T > cache.max_length:
+            raise UsageError(
+                f"{T} tokens at position {start} do not fit into a KV cache of {cache.max_length} tokens; make it at least "
+                f"{start + T} long (the model's context allows {self.config.max_position_embeddings})."
+            )
+        where = slice(start, start + T)
+        return self._context(cache.cosines[where], cache.sines[where], cache, where, cache.dtype)
+
+    def _context(
+        self, cosines: Tensor, sines: Tensor, cache: KVCache | None, where: slice | Tensor, dtype: torch.dtype
+    ) -> BlockContext:
+        length = cache.max_length if cache is not None else 0
+        full = _sight(where, None, length, dtype, cosines.device)
+        window = self.config.sliding_window
+        sliding = full if window is None else _sight(where, window, length, dtype, cosines.device)
+        return BlockContext(cosines, sines, full, sliding, cache, where)
+
+
+def _sight(where: slice | Tensor, window: int | None, length: int, dtype: torch.dtype, device: torch.device) -> Sight:
+    """Return what queries at the positions `where` see of the keys at 0 … `length` - 1, with or without a window."""
+    if isinstance(where, Tensor):
+        keys = slice(0, length)
+        return Sight(keys, _mask(where, torch.arange(length, device=device), window, dtype), causal=False)
+    first = 0 if window is None else max(0, where.start - window + 1)
+    keys = slice(first, where.stop)
+    T = where.stop - where.start
+    if T == 1:
+        return Sight(keys, None, causal=False)
+    if where.start == 0 and (window is None or window >= T):
+        return Sight(keys, None, causal=True)
+    queries = torch.arange(where.start, where.stop, device=device)
+    return Sight(keys, _mask(queries, torch.arange(first, where.stop, device=device), window, dtype), causal=False)
+
+
+def _mask(queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores [T, S]: 0 where query position sees key position, -inf elsewhere."""
+    distance = queries[:, None] - keys
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+def _tie_after_load(module: nn.Module, incompatible: Any) -> None:
+    """Tie the head again after `load_state_dict`, which gives each name its own parameter; a head that came is kept."""
+    assert isinstance(module, Llama)
+    if module.config.tie_word_embeddings and "lm_head.weight" in incompatible.missing_keys:
+        incompatible.missing_keys.remove("lm_head.weight")
+        module.tie_weights()
