@@ -1,0 +1,1 @@
+"""Which grid point is chosen: pure functions of a weight, a grid and statistics of the inputs."""

@@ -1,0 +1,57 @@
+"""LayerReport: what quantizing one linear cost, as plain data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """What quantizing one linear cost.
+
+    Attributes:
+        fqn: fully qualified name of the linear.
+        shape: (N, K) of its weight.
+        sqnr_db: 10 log10(sum W^2 / sum (W - W_hat)^2) over the weight, in dB; None for an exact or an all-zero weight.
+        loss: tr(E H E^T) of the codes that were kept, E = W - W_hat; H = 2/n sum x^T x makes it twice the mean squared
+            error of the outputs of one token, summed over outputs. None where no statistics of the inputs were used.
+        rtn_loss: the same for rounding to nearest on the same grid; never below `loss`.
+        damping: what was added to the Hessian's diagonal, as a fraction of the diagonal's mean.
+        dead_columns: inputs that were zero in the whole calibration set.
+        rtn_rows: rows for which rounding to nearest lost less, and was kept.
+        fallback: why rounding to nearest was used for the whole layer; None where it was not.
+        seconds: wall time. Not part of `to_json`: the same run writes the same bytes.
+    """
+
+    fqn: str
+    shape: tuple[int, int]
+    sqnr_db: float | None
+    loss: float | None = None
+    rtn_loss: float | None = None
+    damping: float | None = None
+    dead_columns: int = 0
+    rtn_rows: int = 0
+    fallback: str | None = None
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a manifest; `from_json` reads it."""
+        return {key: value for key, value in asdict(self).items() if key != "seconds"}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LayerReport:
+        """Inverse of `to_json`; `seconds` is 0."""
+        n, k = data["shape"]
+        return cls(**{**data, "shape": (n, k)})
+
+
+def sqnr_db(weight: Tensor, quantized: Tensor) -> float | None:
+    """Return the signal to quantization noise ratio of a weight in dB; None when noise or signal is zero."""
+    signal = torch.linalg.vector_norm(weight.double()).item()
+    noise = torch.linalg.vector_norm(weight.double() - quantized.double()).item()
+    return 20 * math.log10(signal / noise) if signal > 0 and noise > 0 else None

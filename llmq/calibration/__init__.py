@@ -1,0 +1,1 @@
+"""Which inputs a model is quantized for: texts, token windows, and the walk through the blocks that uses them."""
