@@ -22,8 +22,8 @@ class Metric(_Strict):
 
     value: float
     unit: str = Field(description="for example 'nats/token', 'tokens/s', 's', 'GB/s', 'bytes', 'bits', '1'")
-    stderr: float | None = Field(None, description="standard error of `value`, same unit; None where none is defined")
-    samples: list[float] | None = Field(None, description="raw repeats that `value` is the median of, same unit")
+    stderr: float | None = Field(default=None, description="standard error of `value`, same unit; None where none is defined")
+    samples: list[float] | None = Field(default=None, description="raw repeats that `value` is the median of, same unit")
 
 
 class Subject(_Strict):
@@ -34,9 +34,9 @@ class Subject(_Strict):
     tokenizer_sha256: str | None = None
     scheme: str
     options: dict[str, Any] = Field(default_factory=dict, description="every option of the scheme, resolved")
-    bits_per_weight: float | None = Field(None, description="all stored bits of the quantized linears / their elements")
-    file_bits_per_weight: float | None = Field(None, description="the same over all parameters, embeddings and head included")
-    size_bytes: int | None = Field(None, description="all stored parameters")
+    bits_per_weight: float | None = Field(default=None, description="all stored bits of the quantized linears / their elements")
+    file_bits_per_weight: float | None = Field(default=None, description="the same over all parameters, embeddings included")
+    size_bytes: int | None = Field(default=None, description="all stored parameters")
 
 
 class Protocol(_Strict):

@@ -83,7 +83,7 @@ def test_samples_that_are_none_are_refused(bad: list[float]) -> None:
 
 
 def test_a_share_beyond_the_sample_is_refused() -> None:
-    with pytest.raises(UsageError, match="from 0 to 1, got 1.5"):
+    with pytest.raises(UsageError, match=r"from 0 to 1, got 1\.5"):
         quantile([1.0], 1.5)
     with pytest.raises(UsageError, match="at least one sample"):
         median_interval([])

@@ -179,9 +179,16 @@ def test_cpu_devices_get_the_host_clock() -> None:
 
 def test_threads_are_restored() -> None:
     before = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), thread_count(1) as threads:
-        assert threads == torch.get_num_threads() == 1
-        raise ZeroDivisionError
+    seen = []
+
+    def fail() -> None:
+        with thread_count(1) as threads:
+            seen.append((threads, torch.get_num_threads()))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert seen == [(1, 1)]
     assert torch.get_num_threads() == before
     with thread_count(None) as threads:
         assert threads == before

@@ -1,0 +1,243 @@
+"""The comparison table: one row a scheme, made of records that may be compared, and of nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmq.errors import UsageError
+from llmq.results import figures
+from llmq.results.record import Kind, Metric, ResultRecord, Subject
+
+KINDS: tuple[Kind, ...] = ("perplexity", "divergence", "prefill", "decode")
+"""Kinds of records that the table is made of; others are passed over."""
+
+_SPEED: tuple[Kind, ...] = ("prefill", "decode")
+_SHOWN_OPTIONS = ("group_size",)
+"""Options that a row's label always shows, because schemes are never compared without them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A heading, and on which side its cells are aligned."""
+
+    heading: str
+    right: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """Plain cells, ready to be drawn: by rich on a terminal, or by `llmq.results.markdown`."""
+
+    title: str
+    header: Mapping[str, str]
+    """What holds for every row, by name: model, text, protocol, machine …"""
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The newest record of each kind of one subject."""
+
+    label: str
+    subject: Subject
+    records: Mapping[Kind, ResultRecord]
+
+    def metric(self, kind: Kind, name: str) -> Metric | None:
+        """Return a metric of the record of this kind, if there are both."""
+        return self.records[kind].metrics.get(name) if kind in self.records else None
+
+
+def comparison_table(records: Sequence[ResultRecord]) -> Table:
+    """Join records on their subject and lay them out, in the order in which schemes first appear.
+
+    ± is one standard error throughout. Of several records of one kind and subject the newest counts, and a note says so.
+
+    Raises:
+        UsageError: no record belongs into such a table, or they must not share one: they differ in checkpoint, in the protocol
+            or text of one kind, or in the machine. The message names the first field that differs, and its two values.
+    """
+    usable = [record for record in records if record.kind in KINDS]
+    if not usable:
+        raise UsageError(f"there is no record of kind {', '.join(KINDS)} to make a table of, among {len(records)} records.")
+    check_comparable(usable)
+    rows, superseded = _join(usable)
+    by_word = any(row.metric("perplexity", "word_perplexity") for row in rows)
+    cells = [_cells(row, by_word=by_word) for row in rows]
+    headings = [heading for heading in cells[0] if any(row[heading] != figures.ABSENT for row in cells)]
+    notes = [f"{superseded} older record{'s' if superseded > 1 else ''} of the same measurement left out."] if superseded else []
+    notes += _record_notes(rows)
+    return Table(
+        title=f"{usable[0].subject.model}: {len(rows)} scheme{'s' if len(rows) != 1 else ''}",
+        header=_header(rows),
+        columns=tuple(Column(heading, right=heading != "scheme") for heading in headings),
+        rows=tuple(tuple(row[heading] for heading in headings) for row in cells),
+        notes=tuple(notes),
+    )
+
+
+def check_comparable(records: Sequence[ResultRecord]) -> None:
+    """Raise UsageError when records must not stand in one table; see `comparison_table`."""
+    _check_equal(records, "", lambda record: {name: getattr(record.subject, name) for name in ("model", "checkpoint_sha256")})
+    tokenized = [record for record in records if record.subject.tokenizer_sha256 is not None]
+    _check_equal(tokenized, "", lambda record: {"tokenizer_sha256": record.subject.tokenizer_sha256})
+    _check_equal(records, "", _machine)
+    for kind in KINDS:
+        alike = [record for record in records if record.kind == kind]
+        _check_equal(alike, f"{kind} ", lambda record: record.protocol.model_dump() | {"threads": record.environment.threads})
+
+
+def _check_equal(records: Sequence[ResultRecord], what: str, fields_of: Callable[[ResultRecord], Mapping[str, Any]]) -> None:
+    for record in records[1:]:
+        first, other = dict(_flat(fields_of(records[0]))), dict(_flat(fields_of(record)))
+        for name in [*first, *(name for name in other if name not in first)]:
+            if first.get(name) != other.get(name):
+                raise UsageError(
+                    f"{what}records of {name} {first.get(name)!r} ({records[0].subject.scheme}) and {other.get(name)!r} "
+                    f"({record.subject.scheme}) cannot share a table; choose records that agree in {name}."
+                )
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, "" if key == "params" else f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _machine(record: ResultRecord) -> dict[str, Any]:
+    here = record.environment
+    return {"cpu": here.cpu, "device": here.device, "torch": here.packages.get("torch")}
+
+
+def _join(records: Sequence[ResultRecord]) -> tuple[list[_Row], int]:
+    """Return a row for each subject in order of appearance, and how many records gave way to newer ones."""
+    newest: dict[str, dict[Kind, ResultRecord]] = {}
+    superseded = 0
+    for record in records:
+        of_subject = newest.setdefault(_key(record.subject), {})
+        before = of_subject.get(record.kind)
+        superseded += before is not None
+        if before is None or record.created_at >= before.created_at:
+            of_subject[record.kind] = record
+    subjects = [max(found.values(), key=lambda record: record.created_at).subject for found in newest.values()]
+    return [_Row(_label(own, subjects), own, found) for own, found in zip(subjects, newest.values(), strict=True)], superseded
+
+
+def _key(subject: Subject) -> str:
+    return json.dumps([subject.scheme, subject.options], sort_keys=True)
+
+
+def _label(subject: Subject, all_subjects: Sequence[Subject]) -> str:
+    """Return the scheme and those of its options that tell it from other rows."""
+    namesakes = [other.options for other in all_subjects if other.scheme == subject.scheme]
+    shown = [
+        f"{name}={'none' if value is None else value}"
+        for name, value in subject.options.items()
+        if (name in _SHOWN_OPTIONS and value is not None) or any(options.get(name) != value for options in namesakes)
+    ]
+    return " ".join([subject.scheme, *shown])
+
+
+def _cells(row: _Row, *, by_word: bool) -> dict[str, str]:
+    """Return the row's cells by heading; the headings are the same for every row."""
+    share = row.metric("decode", "bandwidth_share")
+    bandwidth = row.metric("decode", "bandwidth_gbps")
+    achieved = figures.ABSENT if bandwidth is None else figures.plain(bandwidth.value, 3)
+    if bandwidth is not None and share is not None:
+        achieved += f" ({share.value:.0%})"
+    bits, nbytes = row.subject.bits_per_weight, row.subject.size_bytes
+    return {
+        "scheme": row.label,
+        **_perplexity(row, by_word=by_word),
+        "Δ ln ppl": _figure(row.metric("divergence", "delta_ln_perplexity")),
+        "KL (nats/token)": _figure(row.metric("divergence", "kl_mean")),
+        "same top-1": _figure(row.metric("divergence", "top1_agreement"), percent=True),
+        "prefill tok/s": _figure(row.metric("prefill", "tokens_per_s")),
+        "decode tok/s": _figure(row.metric("decode", "tokens_per_s")),
+        "GB/s": achieved,
+        "bits/weight": figures.ABSENT if bits is None else f"{bits:.2f}",
+        "size": figures.ABSENT if nbytes is None else figures.size(nbytes),
+    }
+
+
+def _perplexity(row: _Row, *, by_word: bool) -> dict[str, str]:
+    """Return the perplexity that the protocol is known for: per word where it is defined, else per token."""
+    if by_word:
+        return {"word perplexity": _figure(row.metric("perplexity", "word_perplexity"))}
+    return {"perplexity": _figure(row.metric("perplexity", "perplexity"))}
+
+
+def _figure(metric: Metric | None, *, percent: bool = False) -> str:
+    if metric is None:
+        return figures.ABSENT
+    return figures.with_error(metric.value, metric.stderr, factor=100.0 if percent else 1.0, unit=" %" if percent else "")
+
+
+def _header(rows: Sequence[_Row]) -> dict[str, str]:
+    """Return what holds for all rows, in words; only what was measured is mentioned."""
+    records = [record for row in rows for record in row.records.values()]
+    first = records[0]
+    header = {"model": f"{first.subject.model} (sha256 {first.subject.checkpoint_sha256[:12]})"}
+    quality = next((record for record in records if record.kind in ("perplexity", "divergence")), None)
+    if quality is not None:
+        header |= _text_and_protocol(quality)
+    for kind in _SPEED:
+        speed = next((record for record in records if record.kind == kind), None)
+        if speed is not None:
+            header[kind] = _parameters(speed.protocol.params)
+    here = first.environment
+    threads = {record.kind: record.environment.threads for record in records}
+    used = sorted(set(threads.values()))
+    by_kind = ", ".join(f"{kind} {count}" for kind, count in threads.items())
+    header["machine"] = (
+        f"{here.cpu}, {here.device}, {used[0] if len(used) == 1 else by_kind} thread{'s' if used != [1] else ''}, "
+        f"torch {here.packages.get('torch', 'unknown')}"
+    )
+    kernels = [f"{row.label}: {names}" for row in rows if (names := _kernels(row))]
+    if kernels:
+        header["kernels"] = "; ".join(kernels)
+    header["±"] = "one standard error"
+    return header
+
+
+def _text_and_protocol(record: ResultRecord) -> dict[str, str]:
+    params = dict(record.protocol.params)
+    text, sha256 = params.pop("text", None), params.pop("text_sha256", None)
+    found = {}
+    if text is not None or sha256 is not None:
+        found["text"] = f"{text or 'unnamed'}" + (f" (sha256 {sha256[:12]})" if sha256 else "")
+    found["protocol"] = f"{record.protocol.name} v{record.protocol.version}: {_parameters(params)}"
+    return found
+
+
+def _parameters(params: Mapping[str, Any]) -> str:
+    """Return parameters in words, without those that were left open."""
+    return "; ".join(
+        f"{name.removeprefix('n_').replace('_', ' ')} {f'{value:,}' if isinstance(value, int) else value}"
+        for name, value in params.items()
+        if value is not None and not isinstance(value, bool | Mapping | list)
+    )
+
+
+def _kernels(row: _Row) -> str:
+    """Return the kernels that ran, decode's where it was measured."""
+    order: tuple[Kind, ...] = ("decode", "prefill", "perplexity", "divergence")
+    for kind in order:
+        if kind in row.records and row.records[kind].kernels:
+            return ", ".join(f"{name} ({count})" for name, count in sorted(row.records[kind].kernels.items()))
+    return ""
+
+
+def _record_notes(rows: Sequence[_Row]) -> list[str]:
+    """Return the records' own notes, each once, with the rows they hold for unless they hold for all."""
+    holders: dict[str, list[str]] = {}
+    for row in rows:
+        for note in dict.fromkeys(note for record in row.records.values() for note in record.notes):
+            holders.setdefault(note, []).append(row.label)
+    return [note if len(labels) == len(rows) else f"{', '.join(labels)}: {note}" for note, labels in holders.items()]
