@@ -1,0 +1,97 @@
+"""How far a kernel may be from the exact result, derived and not chosen: used by the start-up self-test and by the tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmq.numerics.grid import FloatGrid, IntGrid
+from llmq.numerics.weight import QuantizedWeight
+from llmq.ops.reference import quantize_activation
+from llmq.ops.schema import Case
+
+_UNIT_FP32 = 2.0**-24
+
+
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """The result in fp64 [M, N], and the largest distance from it that rounding explains, element by element."""
+
+    y: Tensor
+    bound: Tensor
+
+
+def exact_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, case: Case) -> Exact:
+    """Compute x W^T + bias in fp64 from the same rounded inputs, with its error bound.
+
+    A sum of K + c fp32 operations on terms t has an error of at most gamma(K + c) * sum |t|, gamma(n) = n u / (1 - n u),
+    u = 2**-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5), in whatever order it is summed; c
+    counts the scalings and the bias. Rounding to the result's dtype adds half an ulp of the result, and kernels that round
+    before they add the bias add half an ulp of what they rounded.
+
+    Args:
+        x: [M, K] of `case.dtype`.
+        weight: [N, K].
+        bias: [N] or None.
+        case: format and dtype.
+    """
+    w = weight.dequantize(torch.float64)
+    if case.format.activation is None:
+        activations = x.double()
+    else:
+        codes, scale = quantize_activation(x, case.format.activation)
+        activations = codes.double() * scale.double()
+    product = activations @ w.T
+    y = product if bias is None else product + bias.double()
+    terms = activations.abs() @ _magnitude(weight).T + (0 if bias is None else bias.double().abs())
+    half_ulp = torch.finfo(case.dtype).eps / 2
+    bound = _gamma(case.k + 8) * terms + half_ulp * (1 + 2 * _UNIT_FP32) * (y.abs() + (0 if bias is None else product.abs()))
+    if case.dtype == torch.float16:
+        bound = bound + torch.finfo(torch.float16).smallest_normal * half_ulp  # subnormals
+    return Exact(y, bound)
+
+
+def worst_element(got: Tensor, exact: Exact) -> str | None:
+    """Return where and by how much `got` leaves the bound, or None when it is within it everywhere.
+
+    Args:
+        got: [M, N], finite where the exact result is.
+        exact: what it should be.
+    """
+    error = (got.double() - exact.y).abs()
+    outside = ~(error <= exact.bound)  # a NaN is outside
+    if not bool(outside.any()):
+        return None
+    excess = torch.where(outside, torch.nan_to_num(error / exact.bound, nan=torch.inf), torch.zeros_like(error))
+    m, n = divmod(int(excess.argmax()), got.shape[1])
+    columns = outside.any(dim=0).nonzero().flatten()[:8].tolist()
+    rows = outside.any(dim=1).nonzero().flatten()[:8].tolist()
+    value, expected, bound = got[m, n].item(), exact.y[m, n].item(), exact.bound[m, n].item()
+    return (
+        f"element ({m}, {n}) is {value:.9g} where {expected:.9g} +- {bound:.3g} was expected; "
+        f"{outside.double().mean().item():.1%} of {list(got.shape)} are outside, first rows {rows}, columns {columns}"
+    )
+
+
+def _magnitude(weight: QuantizedWeight) -> Tensor:
+    """Return the sum of the magnitudes of the terms a weight is computed from, fp64 [N, K]."""
+    grid = weight.grid
+    if isinstance(grid, FloatGrid) or grid.zero_point == "none":
+        return weight.dequantize(torch.float64).abs()
+    return _asymmetric_magnitude(weight, grid)
+
+
+def _asymmetric_magnitude(weight: QuantizedWeight, grid: IntGrid) -> Tensor:
+    assert weight.scale is not None
+    assert weight.zero_point is not None
+    n, k = weight.shape
+    scale, zero = weight.scale.double().unsqueeze(2), weight.zero_point.double().unsqueeze(2)
+    codes = weight.codes().double().reshape(n, grid.groups(k), -1)
+    terms = (codes + zero) * scale.abs() if grid.zero_point == "int" else (codes - grid.mid).abs() * scale.abs() + zero.abs()
+    return terms.reshape(n, k)
+
+
+def _gamma(operations: int) -> float:
+    return operations * _UNIT_FP32 / (1 - operations * _UNIT_FP32)
