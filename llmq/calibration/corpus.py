@@ -168,8 +168,9 @@ def _from_datasets(split: Split) -> TextSource:
     """Load a raw split through `datasets`; raises _UnavailableError with the reason."""
     import huggingface_hub.constants as hub
 
-    if not hub.HF_HUB_OFFLINE:
-        _check_reachable(hub.ENDPOINT)
+    problem = None if hub.HF_HUB_OFFLINE else hub_problem()
+    if problem:
+        raise _UnavailableError(f"WikiText-2 is not to be had through datasets: {problem}")
     try:
         import datasets
 
@@ -181,13 +182,15 @@ def _from_datasets(split: Split) -> TextSource:
     return TextSource(f"WikiText-2 {split} (raw; datasets)", "datasets: Salesforce/wikitext, wikitext-2-raw-v1", lines)
 
 
-def _check_reachable(endpoint: str) -> None:
-    """Raise _UnavailableError unless the hub answers soon. `datasets` itself would try again for half a minute."""
+def hub_problem() -> str | None:
+    """Return why the hub cannot be reached, within seconds; None: it answers. `datasets` itself would ask for half a minute."""
+    import huggingface_hub.constants as hub
+
     answers: list[str] = []
 
     def ask() -> None:
         try:
-            request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310 - huggingface_hub's own endpoint
+            request = urllib.request.Request(hub.ENDPOINT, method="HEAD")  # noqa: S310 - huggingface_hub's own endpoint
             urllib.request.urlopen(request, timeout=REACH_TIMEOUT_S).close()  # noqa: S310
         except urllib.error.HTTPError:
             pass  # it answers, whatever it says
@@ -200,11 +203,9 @@ def _check_reachable(endpoint: str) -> None:
     thread.start()
     thread.join(REACH_TIMEOUT_S)
     problem = answers[0] if answers else f"no answer within {REACH_TIMEOUT_S:g} s"
-    if problem:
-        raise _UnavailableError(
-            f"WikiText-2 is not to be had through datasets: {endpoint} cannot be reached ({problem}); "
-            "HF_HUB_OFFLINE=1 uses a copy that is cached already"
-        )
+    return (
+        f"{hub.ENDPOINT} cannot be reached ({problem}); HF_HUB_OFFLINE=1 uses a copy that is cached already" if problem else None
+    )
 
 
 def token_stream(tokenizer: Tokenizer, documents: tuple[str, ...] | list[str]) -> Tensor:

@@ -1,0 +1,1 @@
+"""What quantization cost: perplexity under named protocols, divergence from a reference, lm-eval tasks."""
