@@ -1,0 +1,112 @@
+"""llmq's own artefact: the canonical codes that `store` wrote, told from other safetensors by their manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmq.checkpoint.complete import parameter_shapes
+from llmq.checkpoint.hf import QUANTIZATION_KEY, hf_config_file, read_hf_config
+from llmq.checkpoint.manifest import KIND, Manifest, parse_manifest
+from llmq.checkpoint.safetensors_file import SafetensorsFile
+from llmq.checkpoint.sniff import Folder
+from llmq.checkpoint.source import Checkpoint, TensorInfo, TensorSource
+from llmq.errors import CheckpointError, ShapeError, UsageError
+from llmq.model.config import LlamaConfig
+from llmq.numerics.grid import FloatGrid, Grid, IntGrid, LinearFormat
+from llmq.numerics.weight import QuantizedWeight, torch_dtype
+
+QDATA, SCALE, ZERO_POINT = ".qdata", ".scale", ".zero_point"
+
+
+def find_manifest(folder: Folder) -> Path | None:
+    """Return the manifest in a folder, by its content; None: the folder is not an artefact.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    found = [path for path in folder.configs("kind", "schema_version") if folder.objects[path]["kind"] == KIND]
+    if len(found) > 1:
+        raise CheckpointError(f"{folder.path} holds more than one manifest ({', '.join(path.name for path in found)}); keep one.")
+    return found[0] if found else None
+
+
+def open_artefact(folder: Folder, manifest_file: Path) -> Checkpoint:
+    """Open an artefact.
+
+    Raises:
+        CheckpointError: the manifest is newer or invalid, a file is missing, or the tensors are not those it describes.
+    """
+    manifest = parse_manifest(manifest_file, folder.objects[manifest_file])
+    config_file = hf_config_file(folder)
+    if config_file is None:
+        raise CheckpointError(f"{folder.path} has a manifest and no config.json; quantize the original again.")
+    data = {key: value for key, value in folder.objects[config_file].items() if key != QUANTIZATION_KEY}
+    config = read_hf_config(config_file, data)
+    files = []
+    for name in manifest.weights:
+        path = folder.path / name
+        if path.parent != folder.path or not path.is_file():
+            raise CheckpointError(f"file {name} of {manifest_file} is missing in {folder.path}; copy the artefact whole.")
+        files.append(SafetensorsFile(path))
+    sources = {name: TensorSource.stored(file, name) for file in files for name in file.entries}
+    tensors = _check(config, manifest, sources, manifest_file)
+    return Checkpoint(folder.path, "llmq", config, tensors, [file.path for file in files], sources, manifest)
+
+
+def stored_names(parameter: str, grid: Grid | None) -> list[str]:
+    """Return the names under which a parameter is stored: one, or those of codes, scale and zero point."""
+    if not isinstance(grid, IntGrid):
+        return [parameter]
+    return [parameter + QDATA, parameter + SCALE, *([parameter + ZERO_POINT] if grid.zero_point != "none" else [])]
+
+
+def assemble(parameter: str, grid: IntGrid, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Make a weight of its stored tensors; ShapeError and UsageError when they do not belong to the grid and the shape."""
+    n, k = shape
+    return QuantizedWeight(
+        grid, (n, k), tensors[parameter + QDATA], tensors[parameter + SCALE], tensors.get(parameter + ZERO_POINT)
+    )
+
+
+def formats_by_parameter(manifest: Manifest) -> dict[str, LinearFormat]:
+    """Return the formats by the name of the weight instead of that of the linear."""
+    return {f"{fqn}.weight": form for fqn, form in manifest.linear_formats().items()}
+
+
+def _check(
+    config: LlamaConfig, manifest: Manifest, sources: Mapping[str, TensorSource], manifest_file: Path
+) -> dict[str, TensorInfo]:
+    """Return what is known of each stored tensor; refuse what the manifest does not describe."""
+    formats = formats_by_parameter(manifest)
+    tensors: dict[str, TensorInfo] = {}
+    for parameter, shape in parameter_shapes(config).items():
+        form = formats.get(parameter)
+        names = stored_names(parameter, form.weight if form else None)
+        for name in names:
+            if name not in sources:
+                raise CheckpointError(f"tensor {name} is missing, though {manifest_file} describes it; copy the artefact whole.")
+            tensors[name] = sources[name].info
+        if form is not None and isinstance(form.weight, IntGrid):
+            held = {name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device="meta") for name in names}
+            try:
+                assemble(parameter, form.weight, shape, held)
+            except (ShapeError, UsageError) as error:
+                file = tensors[names[0]].file
+                raise CheckpointError(f"tensor {parameter} in {file} is not what {manifest_file} describes: {error}") from error
+            continue
+        info = tensors[parameter]
+        dtype = form.weight.dtype if form is not None and isinstance(form.weight, FloatGrid) else manifest.dtype
+        assert dtype is not None  # parse_manifest
+        if info.shape != shape or info.dtype != torch_dtype(dtype):
+            raise CheckpointError(
+                f"tensor {parameter} in {info.file} is {info.dtype} {list(info.shape)}, {manifest_file} describes torch.{dtype} "
+                f"{list(shape)}; the two do not belong together."
+            )
+    extra = [name for name in sources if name not in tensors]
+    if extra:
+        raise CheckpointError(f"tensor {extra[0]} in {sources[extra[0]].info.file} is not described by {manifest_file}.")
+    return tensors
