@@ -20,6 +20,7 @@ class CoverageRow:
         reason: why it was left alone; empty where it was not.
         nbytes: bytes its weight takes now, scales and zero points included; 0 where the memory is another module's.
         tied_to: fqn of the module whose memory this one shares.
+        sqnr_db: signal to quantization noise of a quantized weight, in dB; None for others.
     """
 
     fqn: str
@@ -30,6 +31,7 @@ class CoverageRow:
     reason: str
     nbytes: int
     tied_to: str | None = None
+    sqnr_db: float | None = None
 
     @property
     def elements(self) -> int:
