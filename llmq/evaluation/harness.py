@@ -151,15 +151,20 @@ def _manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
         if set(tasks) <= set(own.all_subtasks):
             return own
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    check_task_names(tasks, manager.all_tasks)
+    return manager
+
+
+def check_task_names(tasks: Sequence[str], known: Sequence[str]) -> None:
+    """Raise UsageError, with the names that come close, when one of `tasks` is not among the `known`."""
     for name in tasks:
-        if name not in manager.all_tasks:
-            close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
             raise UsageError(
-                f"unknown lm-eval task {name!r}: {hint}There are {len(manager.all_tasks):,} names, which `lm_eval --tasks list` "
-                "prints; more come from a folder of definitions (--include-path)."
+                f"unknown lm-eval task {name!r}: {hint}There are {len(known):,} names, which `lm_eval --tasks list` prints; "
+                "more come from a folder of definitions (--include-path)."
             )
-    return manager
 
 
 @contextlib.contextmanager
