@@ -235,6 +235,8 @@ class Llama(nn.Module):
         if cache.batch_size != B:
             raise UsageError(f"the KV cache is for {cache.batch_size} sequences, got {B}; make one of that batch size.")
         if isinstance(start, Tensor):
+            if start.numel() != 1:
+                raise UsageError(f"start must be one position for the whole batch, got a tensor of shape {tuple(start.shape)}.")
             positions = start + torch.arange(T, device=h.device)  # [T], from [] or [1]
             return self._context(cache.cosines[positions], cache.sines[positions], cache, positions, cache.dtype)
         if start < 0 or start + T > cache.max_length:

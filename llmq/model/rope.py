@@ -54,8 +54,7 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Turn each pair of `x` [B, T, heads, D] by the angle of its position; returns float32, whatever dtype `x` has.
 
     (a, b) becomes (a cos - b sin, b cos + a sin). With the halves of `x` swapped and the sign already in `sines`, that is
-    five tensor operations, which counts when one token is decoded.
+    three tensor operations, which counts when one token is decoded.
     """
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
+    swapped = x.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(x * cosines, swapped, sines)
