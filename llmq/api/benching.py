@@ -1,0 +1,163 @@
+"""Speed: tokens/s of a model, the machine's walls, single kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from llmq.api.loading import Loaded, Recipe, Setup, open_model
+from llmq.benchmark.decode import bench_model
+from llmq.benchmark.kernels import KernelPlan, bench_kernels, shapes_of
+from llmq.benchmark.machine import Bandwidth, measured_bandwidth, measured_peak
+from llmq.benchmark.speed import BenchPlan, SpeedReport
+from llmq.checkpoint import open_checkpoint
+from llmq.errors import UsageError
+from llmq.progress import SILENT, Progress
+from llmq.results.record import Protocol, ResultRecord, Subject
+from llmq.schemes.registry import resolve, scheme_names
+
+
+def bench_tokens(
+    path: str, recipe: Recipe | None, setup: Setup, plan: BenchPlan, *, progress: Progress = SILENT
+) -> list[ResultRecord]:
+    """Measure prefill and decode of a checkpoint, for every combination that `plan` asks for.
+
+    Raises:
+        UsageError: a prompt or context does not fit the model's context.
+    """
+    loaded = open_model(path, recipe, setup, progress=progress)
+    plan.check(loaded.model.config.max_position_embeddings)
+    bandwidth = machine_bandwidth(setup, progress)
+    report = bench_model(loaded.model, replace(plan, seed=setup.seed), bandwidth=bandwidth, progress=progress)
+    return report.records(loaded.subject(with_tokenizer=False), loaded.setup.environment())
+
+
+def bench_interleaved(
+    models: list[Loaded], plan: BenchPlan, *, bandwidth: Bandwidth, progress: Progress = SILENT
+) -> list[SpeedReport]:
+    """Measure several models in turn, A B C A B C …, so that a drift of the machine's speed meets all of them alike.
+
+    Returns:
+        One report a model, whose samples are those of all rounds.
+    """
+    once = replace(plan, repeats=1)
+    rounds: list[list[SpeedReport]] = []
+    with progress.task("measuring speed", plan.repeats * len(models)) as advance:
+        for _ in range(plan.repeats):
+            reports = []
+            for loaded in models:
+                reports.append(bench_model(loaded.model, once, bandwidth=bandwidth))
+                advance(1)
+            rounds.append(reports)
+    return [_merged([reports[index] for reports in rounds], plan) for index in range(len(models))]
+
+
+def _merged(reports: list[SpeedReport], plan: BenchPlan) -> SpeedReport:
+    first = reports[0]
+    prefills = tuple(
+        replace(
+            result,
+            prefill_s=tuple(sample for report in reports for sample in report.prefills[index].prefill_s),
+            ttft_s=tuple(sample for report in reports for sample in report.prefills[index].ttft_s),
+        )
+        for index, result in enumerate(first.prefills)
+    )
+    decodes = tuple(
+        replace(result, tpot_s=tuple(sample for report in reports for sample in report.decodes[index].tpot_s))
+        for index, result in enumerate(first.decodes)
+    )
+    return replace(first, prefills=prefills, decodes=decodes, plan=plan)
+
+
+def machine_bandwidth(setup: Setup, progress: Progress = SILENT) -> Bandwidth:
+    """Measure what this machine can read, once a process."""
+    with progress.task("measuring the machine's read bandwidth", 1) as advance:
+        bandwidth = measured_bandwidth(setup.device, torch.get_num_threads())
+        advance(1)
+    return bandwidth
+
+
+def bench_machine(setup: Setup, *, progress: Progress = SILENT) -> ResultRecord:
+    """Measure the machine's walls: sequential read bandwidth and the fp32 matmul rate."""
+    setup.apply()
+    bandwidth = machine_bandwidth(setup, progress)
+    with progress.task("measuring the matmul peak", 1) as advance:
+        peak = measured_peak(setup.device, torch.get_num_threads())
+        advance(1)
+    environment = setup.environment()
+    return ResultRecord(
+        kind="bandwidth",
+        subject=Subject(model=environment.cpu, checkpoint_sha256="", scheme="machine"),
+        protocol=Protocol(name="bandwidth", version=1, params={"method": bandwidth.method, "matmul_size": peak.size}),
+        metrics=bandwidth.metrics() | peak.metrics(),
+        environment=environment,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRequest:
+    """Which kernels to time on which weights: `shapes` 'NxK,…', or those of the checkpoint `model`."""
+
+    shapes: str | None = None
+    model: str | None = None
+    rows: tuple[int, ...] = (1, 4, 16, 128)
+    schemes: tuple[str, ...] | None = None
+
+    def settle(self) -> tuple[tuple[int, int], ...]:
+        """Return the shapes (N, K)."""
+        if self.shapes and self.model:
+            raise UsageError("name shapes or a model, not both.")
+        if self.model:
+            return shapes_of(open_checkpoint(self.model).config)
+        return tuple(parse_shapes(self.shapes or DEFAULT_SHAPES))
+
+
+DEFAULT_SHAPES = "2048x2048,5632x2048,2048x5632"
+"""The projections of a 1.1 B Llama."""
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    """Parse '2048x2048,5632x2048' into [(N, K), …]."""
+    shapes = []
+    for part in text.split(","):
+        n, x, k = part.strip().lower().partition("x")
+        if not (x and n.isdecimal() and k.isdecimal() and int(n) and int(k)):
+            raise UsageError(f"--shapes takes NxK,… (outputs x inputs), such as 2048x2048,5632x2048; got {part.strip()!r}.")
+        shapes.append((int(n), int(k)))
+    return shapes
+
+
+def bench_all_kernels(request: KernelRequest, setup: Setup, *, progress: Progress = SILENT) -> list[ResultRecord]:
+    """Check every kernel that can run here against the exact result, then time it; one record each.
+
+    Raises:
+        UsageError: shapes cannot be read, or a scheme is unknown.
+        ShapeError: a shape does not fit a scheme's grid.
+    """
+    setup.apply()
+    names = request.schemes or tuple(name for name in scheme_names() if name not in ("fp16", "fp32"))
+    formats = {}
+    for name in names:
+        form = resolve(name).format
+        if form not in formats.values():  # schemes that differ in their codes only run the same kernels
+            formats[name] = form
+    plan = KernelPlan(formats, request.settle(), request.rows, setup.torch_dtype, seed=setup.seed)
+    bandwidth = machine_bandwidth(setup, progress)
+    report = bench_kernels(plan, device=setup.device, progress=progress)
+    environment = setup.environment()
+    for refusal in report.refusals:
+        if "it is wrong" in refusal.reason:
+            progress.note(f"{refusal.kernel} on {refusal.format} [{refusal.n}, {refusal.k}] was not timed: {refusal.reason}")
+    return [
+        ResultRecord(
+            kind="kernel",
+            subject=Subject(model=f"random weight {result.n}x{result.k}", checkpoint_sha256="", scheme=result.format),
+            protocol=result.protocol(),
+            metrics=result.metrics(bandwidth),
+            kernels={result.kernel: 1},
+            environment=environment,
+            notes=["chosen by default for this case"] if result.chosen else [],
+        )
+        for result in report.results
+    ]

@@ -1,0 +1,215 @@
+"""Quality: perplexity under a named protocol, divergence from a reference, lm-eval tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmq.api.loading import HEAD, Loaded, Recipe, Setup, linear_fqns, open_model
+from llmq.calibration.corpus import TextSource, resolve_text
+from llmq.calibration.overlap import overlap
+from llmq.errors import UsageError
+from llmq.evaluation.divergence import DivergenceResult, evaluate_candidate
+from llmq.evaluation.harness import TaskOptions, run_tasks
+from llmq.evaluation.losses import PairedDifference, load_losses, paired_difference, save_losses
+from llmq.evaluation.perplexity import PerplexityResult, evaluate_perplexity
+from llmq.evaluation.protocols import PerplexityProtocol, resolve_protocol
+from llmq.evaluation.reference import ReferenceLogits
+from llmq.files import check_absent
+from llmq.ops.usage import record_usage
+from llmq.progress import SILENT, Progress
+from llmq.results.record import Protocol, ResultRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of a model's quality. None takes the default: of the text, the window length, and no limit."""
+
+    text: str | None = None
+    protocol: str = "windows"
+    window: int | None = None
+    limit: int | None = None
+
+    def read(self) -> TextSource:
+        """Find the text."""
+        return resolve_text(self.text, split="test")
+
+    def resolve(self, context: int) -> PerplexityProtocol:
+        """Settle the protocol for a model that reads `context` tokens."""
+        return resolve_protocol(self.protocol, {"length": self.window, "limit": self.limit}, context=context)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationFiles:
+    """Where per-token losses are stored, and earlier ones to compare with."""
+
+    losses: Path | None = None
+    versus: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's figures."""
+
+    records: list[ResultRecord]
+    perplexity: PerplexityResult
+    divergence: DivergenceResult | None = None
+    versus: PairedDifference | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def evaluate_model(
+    path: str,
+    recipe: Recipe | None = None,
+    setup: Setup | None = None,
+    question: Question | None = None,
+    *,
+    reference: str | None = None,
+    files: EvaluationFiles | None = None,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """Measure the perplexity of a checkpoint and, with a `reference` checkpoint, its divergence from it.
+
+    Args:
+        path: the checkpoint.
+        recipe: a scheme to apply first; None: the checkpoint as it is.
+        setup: where and how it runs.
+        question: text and protocol.
+        reference: another checkpoint, run in the same dtype on the same tokens.
+        files: losses to write, and to compare with.
+        progress: is told how far it is.
+    """
+    setup, question, files = setup or Setup(), question or Question(), files or EvaluationFiles()
+    if files.losses:
+        check_absent(files.losses, force=files.force)
+    earlier = load_losses(files.versus) if files.versus else None
+    text = question.read()
+    loaded = open_model(path, recipe, setup, progress=progress)
+    protocol = question.resolve(loaded.model.config.max_position_embeddings)
+    if reference is None:
+        with record_usage() as usage:
+            perplexity = evaluate_perplexity(loaded.model, loaded.tokenizer, text, protocol, progress=progress)
+        divergence = None
+    else:
+        other = open_model(reference, None, setup, progress=progress)
+        if other.model.config.vocab_size != loaded.model.config.vocab_size:
+            raise UsageError(
+                f"{path} and the reference {reference} have vocabularies of {loaded.model.config.vocab_size} and "
+                f"{other.model.config.vocab_size} tokens; a divergence is only defined between models of one vocabulary."
+            )
+        with (
+            ReferenceLogits(other.model, other.tokenizer, text, protocol, budget_bytes=0) as logits,
+            record_usage() as usage,
+        ):
+            both = evaluate_candidate(loaded.model, loaded.tokenizer, text, protocol, reference=logits, progress=progress)
+        perplexity, divergence = both.perplexity, both.divergence
+    notes = notes_of(loaded, text)
+    records = quality_records(loaded, perplexity, divergence, usage.linears(), notes)
+    if files.losses:
+        save_losses(perplexity.losses, files.losses, force=files.force)
+    versus = paired_difference(earlier, perplexity.losses) if earlier else None
+    return Evaluation(records, perplexity, divergence, versus, notes)
+
+
+def quality_records(
+    loaded: Loaded,
+    perplexity: PerplexityResult,
+    divergence: DivergenceResult | None,
+    kernels: dict[str, int],
+    notes: list[str],
+) -> list[ResultRecord]:
+    """Make the records of one evaluation."""
+    subject, environment = loaded.subject(), loaded.setup.environment()
+    found = [
+        ResultRecord(
+            kind="perplexity",
+            subject=subject,
+            protocol=perplexity.protocol(),
+            metrics=perplexity.metrics(),
+            kernels=kernels,
+            environment=environment,
+            notes=notes,
+        )
+    ]
+    if divergence is not None:
+        found.append(
+            ResultRecord(
+                kind="divergence",
+                subject=subject,
+                protocol=divergence.protocol,
+                metrics=divergence.metrics(),
+                kernels=kernels,
+                environment=environment,
+                notes=notes,
+            )
+        )
+    return found
+
+
+def notes_of(loaded: Loaded, text: TextSource) -> list[str]:
+    """What a reader of the figures has to know: what was skipped, what fell back, whether calibration saw the text."""
+    notes = list(loaded.checkpoint.notes)
+    if loaded.coverage is not None:
+        linears = set(linear_fqns(loaded.model)) - {HEAD}
+        notes += [f"{fqn} left alone: {reason}" for fqn, reason in loaded.coverage.skipped.items() if fqn in linears]
+    notes += [f"{report.fqn}: {report.fallback}" for report in loaded.reports if report.fallback]
+    if loaded.calibration is not None:
+        shared = overlap(loaded.calibration.text(loaded.tokenizer), text.raw())
+        if shared.warning:
+            notes.append(shared.warning)
+    return notes
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRequest:
+    """Which lm-eval tasks to run, and how."""
+
+    tasks: list[str]
+    limit: int | None = None
+    num_fewshot: int | None = None
+    include_path: Path | None = None
+
+
+def evaluate_on_tasks(
+    path: str, recipe: Recipe | None, setup: Setup, request: TaskRequest, *, progress: Progress = SILENT
+) -> list[ResultRecord]:
+    """Run lm-eval tasks on a checkpoint; one record a task."""
+    loaded = open_model(path, recipe, setup, progress=progress)
+    options = TaskOptions(request.limit, request.num_fewshot, request.include_path, None, setup.seed)
+    with record_usage() as usage:
+        results = run_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            request.tasks,
+            options=options,
+            progress=progress,
+        )
+    subject, environment = loaded.subject(), setup.environment()
+    records = []
+    for task in dict.fromkeys(score.task for score in results.scores):
+        scores = [score for score in results.scores if score.task == task]
+        params = {
+            "task": task,
+            "task_version": scores[0].task_version,
+            "num_fewshot": scores[0].num_fewshot,
+            "n_documents": scores[0].n_documents,
+            "limit": request.limit,
+            "max_length": results.max_length,
+            "bos": results.bos,
+            "lm_eval": results.lm_eval_version,
+        }
+        records.append(
+            ResultRecord(
+                kind="tasks",
+                subject=subject,
+                protocol=Protocol(name="lm-eval", version=1, params=params),
+                metrics={
+                    score.metric if score.filter == "none" else f"{score.metric},{score.filter}": score.metric_record()
+                    for score in scores
+                },
+                kernels=usage.linears(),
+                environment=environment,
+            )
+        )
+    return records

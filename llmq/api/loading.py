@@ -1,0 +1,224 @@
+"""From a path on disk to a model that runs: load, quantize if asked, choose kernels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmq.algorithms.report import LayerReport
+from llmq.api.sizes import Size, size_of
+from llmq.calibration.corpus import resolve_text
+from llmq.calibration.recorder import CalibrationSet, InputRecorder
+from llmq.calibration.sequential import quantize_sequential
+from llmq.checkpoint import Checkpoint, load_model, load_tokenizer_for, open_checkpoint
+from llmq.checkpoint.sniff import Kind, sniff
+from llmq.errors import UsageError, suggest
+from llmq.model.config import LlamaConfig
+from llmq.model.llama import Llama
+from llmq.model.tokenizer import Tokenizer
+from llmq.ops.select import KernelChoice, prepare
+from llmq.progress import SILENT, Progress
+from llmq.results.coverage import Coverage
+from llmq.results.environment import capture
+from llmq.results.record import Environment, Subject
+from llmq.schemes.apply import quantize_
+from llmq.schemes.registry import ResolvedScheme, resolve
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HEAD = "lm_head"
+MAX_DEFAULT_WINDOW = 2048
+"""Longest window that is chosen without being asked for: the papers' length, and a bound on memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Where and how a model runs. `dtype` is one of `DTYPES`; `kernel` None lets `ops.select` choose."""
+
+    device: str = "cpu"
+    dtype: str = "bf16"
+    threads: int | None = None
+    kernel: str | None = None
+    seed: int = 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        if self.dtype not in DTYPES:
+            raise UsageError(f"unknown dtype {self.dtype!r}.{suggest(self.dtype, list(DTYPES))}")
+        return DTYPES[self.dtype]
+
+    def apply(self) -> None:
+        """Set torch's thread count and seed; check the device."""
+        if self.device not in ("cpu", "cuda"):
+            raise UsageError(f"unknown device {self.device!r}; allowed are cpu and cuda.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("device cuda was asked for, but torch sees no CUDA device; use --device cpu (`llmq env` says more).")
+        torch.set_num_threads(self.threads or len(os.sched_getaffinity(0)))
+        torch.manual_seed(self.seed)
+
+    def environment(self) -> Environment:
+        """What a result record says of the machine."""
+        return capture(threads=torch.get_num_threads(), device=self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSource:
+    """Where calibration windows come from: a text, or a file that `llmq calibrate` wrote; None is the default text."""
+
+    source: str | None = None
+    windows: int = 128
+    length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A scheme by name, its options as text, and which linears it leaves alone."""
+
+    scheme: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    skip: tuple[str, ...] = ()
+    skip_unfit: bool = False
+    lm_head: bool = False
+    calibration: CalibrationSource = field(default_factory=CalibrationSource)
+
+    def resolve(self) -> ResolvedScheme:
+        """Validate the name and the options."""
+        return resolve(self.scheme, dict(self.options))
+
+    def skipped(self, fqns: list[str]) -> tuple[str, ...]:
+        """The user's patterns and, unless it is to be quantized too, the output head of a model that has these linears."""
+        head = (HEAD,) if not self.lm_head and HEAD in fqns else ()
+        return (*self.skip, *head)
+
+
+@dataclass
+class Loaded:
+    """A model ready to run, and everything that a record must say about it."""
+
+    checkpoint: Checkpoint
+    model: Llama
+    resolved: ResolvedScheme | None
+    setup: Setup
+    coverage: Coverage | None = None
+    reports: list[LayerReport] = field(default_factory=list)
+    choices: list[KernelChoice] = field(default_factory=list)
+    calibration: CalibrationSet | None = None
+
+    @cached_property
+    def size(self) -> Size:
+        """What the model stores in the canonical layout: kernels may lay it out with more, so ask before `prepare`."""
+        return size_of(self.model)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer; raises TokenizerError when it has none."""
+        return load_tokenizer_for(self.checkpoint)
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint's folder or file."""
+        return Path(self.checkpoint.path).resolve().name
+
+    @property
+    def scheme(self) -> str:
+        """The scheme's name; for llmq's own artefacts the one they were made with."""
+        if self.resolved:
+            return self.resolved.name
+        manifest = self.checkpoint.manifest
+        return manifest.scheme if manifest else self.setup.dtype
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The scheme's options, all of them resolved."""
+        if self.resolved:
+            return self.resolved.options_json()
+        manifest = self.checkpoint.manifest
+        return dict(manifest.options) if manifest else {}
+
+    def subject(self, *, with_tokenizer: bool = True) -> Subject:
+        """What a result record says of the model."""
+        return Subject(
+            model=self.name,
+            checkpoint_sha256=self.checkpoint.sha256,
+            tokenizer_sha256=self.tokenizer.sha256 if with_tokenizer else None,
+            scheme=self.scheme,
+            options=self.options,
+            bits_per_weight=self.size.matrix_bits_per_weight,
+            file_bits_per_weight=self.size.file_bits_per_weight,
+            size_bytes=self.size.bytes,
+        )
+
+
+def open_model(path: str, recipe: Recipe | None, setup: Setup, *, progress: Progress = SILENT) -> Loaded:
+    """Load a checkpoint, apply `recipe`'s scheme to it if there is one, and choose a kernel for every linear.
+
+    Without a recipe an original checkpoint runs in the compute dtype, and llmq's own artefact as it was saved.
+
+    Raises:
+        InputError: the checkpoint, tokenizer or calibration text cannot be used.
+        SchemeError: the scheme does not fit the model.
+        KernelError: `setup.kernel` cannot run here.
+    """
+    setup.apply()
+    checkpoint = open_checkpoint(path)
+    if checkpoint.manifest is not None and recipe is not None:
+        raise UsageError(
+            f"{path} is quantized already (scheme {checkpoint.manifest.scheme}); --scheme applies to an original checkpoint: "
+            "leave it out, or name the original."
+        )
+    if checkpoint.manifest is None and recipe is None:
+        recipe = Recipe(setup.dtype)
+    model = load_model(checkpoint, dtype=setup.torch_dtype, progress=progress)
+    loaded = Loaded(checkpoint, model, None, setup)
+    if recipe is not None:
+        apply_recipe(loaded, recipe, progress=progress)
+    loaded.size  # noqa: B018 - counted now, before kernels lay the weights out
+    loaded.model.to(setup.device)
+    loaded.choices = prepare(loaded.model, prefer=setup.kernel)
+    return loaded
+
+
+def apply_recipe(loaded: Loaded, recipe: Recipe, *, progress: Progress = SILENT) -> None:
+    """Quantize `loaded.model` in place, with calibration when the scheme needs it."""
+    resolved = recipe.resolve()
+    loaded.resolved = resolved
+    if resolved.baseline_dtype is not None:
+        loaded.setup = replace(loaded.setup, dtype=resolved.name)
+    skip = recipe.skipped(linear_fqns(loaded.model)) if resolved.baseline_dtype is None else recipe.skip
+    if resolved.needs_calibration:
+        calibration = calibration_set(loaded, recipe.calibration, progress=progress)
+        loaded.calibration = calibration
+        loaded.coverage, loaded.reports = quantize_sequential(
+            loaded.model, resolved, calibration, skip=skip, skip_unfit=recipe.skip_unfit, progress=progress
+        )
+    else:
+        loaded.coverage = quantize_(
+            loaded.model, resolved, skip=skip, skip_unfit=recipe.skip_unfit, dtype=loaded.setup.torch_dtype
+        )
+
+
+def calibration_set(loaded: Loaded, source: CalibrationSource, *, progress: Progress = SILENT) -> CalibrationSet:
+    """Read a recorded calibration set, or record one from a text."""
+    if source.source and Path(source.source).is_file() and sniff(Path(source.source)) is Kind.SAFETENSORS:
+        return CalibrationSet.load(Path(source.source), tokenizer=loaded.tokenizer)
+    text = resolve_text(source.source, split="train")
+    progress.note(f"calibration text: {text.name}")
+    length = source.length or context_window(loaded.model.config)
+    recorder = InputRecorder(loaded.tokenizer, windows=source.windows, length=length, seed=loaded.setup.seed)
+    return recorder.record_text(text)
+
+
+def linear_fqns(model: torch.nn.Module) -> list[str]:
+    """Names of all linears, in the model's order."""
+    return [fqn for fqn, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def context_window(config: LlamaConfig) -> int:
+    """Window length where none is asked for: the model's context, at most `MAX_DEFAULT_WINDOW` tokens."""
+    return min(config.max_position_embeddings, MAX_DEFAULT_WINDOW)

@@ -1,0 +1,73 @@
+"""What a quantization would do, from the checkpoint's headers alone: no weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmq.api.loading import Recipe, Setup, context_window, linear_fqns
+from llmq.checkpoint import open_checkpoint
+from llmq.errors import UsageError
+from llmq.model.llama import Llama
+from llmq.results.coverage import Coverage
+from llmq.schemes.apply import plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every weight as it would be stored, the totals, and the memory that quantizing would need at most."""
+
+    model: str
+    scheme: str
+    options: dict[str, Any]
+    coverage: Coverage
+    source_bytes: int
+    peak_bytes: int
+    peak_parts: dict[str, int]
+    """What `peak_bytes` is the sum of."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        own = ("model", "scheme", "options", "source_bytes", "peak_bytes", "peak_parts")
+        totals = {"total_bytes": self.coverage.nbytes, "bits_per_weight": self.coverage.bits_per_weight}
+        return {name: getattr(self, name) for name in own} | totals | {"weights": self.coverage.to_json()["rows"]}
+
+
+def plan_quantization(path: str, recipe: Recipe, setup: Setup) -> Plan:
+    """Predict what `quantize_checkpoint` would write.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be opened.
+        ShapeError: linears do not fit the scheme's grid; names all of them.
+        UsageError: the checkpoint is quantized already, or a skip pattern matches nothing.
+    """
+    checkpoint = open_checkpoint(path)
+    if checkpoint.manifest is not None:
+        raise UsageError(f"{path} is quantized already (scheme {checkpoint.manifest.scheme}); name the original checkpoint.")
+    resolved = recipe.resolve()
+    with torch.device("meta"):
+        model = Llama(checkpoint.config)
+    skip = recipe.skipped(linear_fqns(model)) if resolved.baseline_dtype is None else recipe.skip
+    dtype = resolved.baseline_dtype or setup.torch_dtype
+    coverage = plan(model, resolved, skip=skip, skip_unfit=recipe.skip_unfit, dtype=dtype)
+    parts = {
+        "the result": coverage.nbytes,
+        "fp32 copies of the largest weight": 3 * 4 * max(row.elements for row in coverage.rows),
+    }
+    if resolved.needs_calibration:
+        config, source = checkpoint.config, recipe.calibration
+        tokens = source.windows * (source.length or context_window(config))
+        widest = max(row.shape[-1] for row in coverage.quantized)
+        parts["calibration activations"] = 2 * tokens * config.hidden_size * torch.float32.itemsize
+        parts["Hessian of the widest linear and its factors"] = 4 * widest * widest * torch.float64.itemsize
+    return Plan(
+        model=path,
+        scheme=resolved.name,
+        options=resolved.options_json(),
+        coverage=coverage,
+        source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+        peak_bytes=sum(parts.values()),
+        peak_parts=parts,
+    )

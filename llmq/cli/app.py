@@ -1,0 +1,93 @@
+"""The typer application: its commands, and how each kind of failure ends."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from llmq import __version__
+from llmq.errors import LlmqError
+
+EXIT_CODES = (
+    "Exit codes: 0 done · 1 internal error · 2 wrong usage · 3 a file cannot be used · 4 the scheme does not fit the model · "
+    "5 a kernel cannot run here · 6 the output exists or cannot be written · 130 interrupted."
+)
+
+
+# typer brings its own click, or uses the installed one, depending on its version: take the base class from what it exports
+_CLICK_ERROR = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+class ErrorHandlingGroup(TyperGroup):
+    """Ends every command with one sentence and a fitting exit code; `--debug` lets the traceback through."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the command; translate what it raises."""
+        try:
+            return super().invoke(ctx)
+        except LlmqError as error:
+            if ctx.params.get("debug"):
+                raise
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing half-written was left behind.", 130)
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader of our output has gone (`| head`): nobody to tell
+            raise SystemExit(0) from None
+        except (_CLICK_ERROR, typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if ctx.params.get("debug"):
+                raise
+            what = str(error).strip().split("\n")[0] or type(error).__name__
+            _fail(f"internal error ({type(error).__name__}): {what}. Run the same with `llmq --debug …` for the traceback.", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+    typer.echo(message, err=True)
+    raise SystemExit(code)
+
+
+app = typer.Typer(
+    cls=ErrorHandlingGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODES,
+)
+eval_app = typer.Typer(no_args_is_help=True, help="Measure quality: perplexity, divergence from the original, lm-eval tasks.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed: tokens/s, memory bandwidth, single kernels.")
+report_app = typer.Typer(no_args_is_help=True, help="Make tables from stored records.")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"llmq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Which quantization of a Llama checkpoint to ship, and what it costs.
+
+    Start with [bold]llmq demo[/bold], then [bold]llmq compare MODEL[/bold].
+    """
+
+
+# Importing a command's module registers it; none of them imports torch before it runs.
+from llmq.cli import bench, compare, evaluate, inspect, quantize, report, system  # noqa: E402
+
+app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench")
+app.add_typer(report_app, name="report")
+for register in (compare, quantize, inspect, evaluate, bench, report, system):
+    register.register(app, {"eval": eval_app, "bench": bench_app, "report": report_app}.get(register.GROUP, app))

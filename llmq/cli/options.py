@@ -1,0 +1,164 @@
+"""The options that several commands share, written once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmq.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmq.api.loading import CalibrationSource, Recipe, Setup
+
+RUNNING = "How it runs"
+QUANTIZING = "Quantization"
+CALIBRATING = "Calibration"
+TEXT = "Text and protocol"
+OUTPUT = "Output"
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A checkpoint: a folder or file of any known kind, or llmq's own artefact.")
+]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda.", rich_help_panel=RUNNING)]
+Dtype = Annotated[str, typer.Option("--dtype", help="Compute dtype: bf16, fp16 or fp32.", rich_help_panel=RUNNING)]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads; default: all cores.", rich_help_panel=RUNNING)
+]
+Kernel = Annotated[
+    str | None,
+    typer.Option(
+        "--kernel",
+        help="Use this kernel and no other; see `llmq kernels`. Default: the first that fits.",
+        rich_help_panel=RUNNING,
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.", rich_help_panel=RUNNING)]
+
+Scheme = Annotated[
+    str | None,
+    typer.Option("--scheme", "-s", help="Scheme to apply after loading; see `llmq schemes`.", rich_help_panel=QUANTIZING),
+]
+SchemeOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-S",
+        "--set",
+        metavar="KEY=VALUE",
+        help="Option of the scheme, such as group_size=64; repeatable.",
+        rich_help_panel=QUANTIZING,
+    ),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--skip", metavar="PATTERN", help="Leave linears whose name matches unquantized; repeatable.", rich_help_panel=QUANTIZING
+    ),
+]
+SkipUnfit = Annotated[
+    bool,
+    typer.Option("--skip-unfit", help="Leave linears whose shape does not fit the grid unquantized.", rich_help_panel=QUANTIZING),
+]
+LmHead = Annotated[bool, typer.Option("--lm-head", help="Quantize the output head too.", rich_help_panel=QUANTIZING)]
+
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="TEXT|FILE",
+        help="Calibration text, or a set that `llmq calibrate` recorded. Default: WikiText-2's training split, else bundled.",
+        rich_help_panel=CALIBRATING,
+    ),
+]
+CalibrationWindows = Annotated[
+    int, typer.Option("--calibration-windows", min=1, help="Token windows to record.", rich_help_panel=CALIBRATING)
+]
+CalibrationLength = Annotated[
+    int | None,
+    typer.Option(
+        "--calibration-length", min=8, help="Tokens a window; default: the context, at most 2048.", rich_help_panel=CALIBRATING
+    ),
+]
+
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Evaluation text. Default: WikiText-2's test split, else the bundled text.",
+        rich_help_panel=TEXT,
+    ),
+]
+ProtocolName = Annotated[str, typer.Option("--protocol", help="windows, llamacpp or lmeval-word.", rich_help_panel=TEXT)]
+Window = Annotated[
+    int | None, typer.Option("--window", min=2, help="Tokens a window; default: the context, at most 2048.", rich_help_panel=TEXT)
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, help="Only the first N windows (documents for lmeval-word).", rich_help_panel=TEXT),
+]
+
+RecordFile = Annotated[
+    Path | None,
+    typer.Option("--record", metavar="FILE.jsonl", help="Append the result records to this file.", rich_help_panel=OUTPUT),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result records as JSON instead of tables.", rich_help_panel=OUTPUT)]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel=OUTPUT)]
+
+
+def ints(text: str, option: str) -> list[int]:
+    """Parse '1,4,16' into positive integers."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise UsageError(f"{option} takes positive integers separated by commas, such as 1,4,16; got {text!r}.")
+    return values
+
+
+def key_values(pairs: list[str] | None) -> dict[str, str]:
+    """Parse ['group_size=64'] into {'group_size': '64'}."""
+    parsed: dict[str, str] = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UsageError(f"-S takes KEY=VALUE, such as group_size=64; got {pair!r}.")
+        if key in parsed:
+            raise UsageError(f"-S {key} is given twice ({parsed[key]} and {value}); give it once.")
+        parsed[key] = value
+    return parsed
+
+
+def setup(device: str, dtype: str, threads: int | None, kernel: str | None, seed: int = 0) -> Setup:
+    """Gather the options of the panel 'How it runs'."""
+    from llmq.api.loading import Setup
+
+    return Setup(device=device, dtype=dtype, threads=threads, kernel=kernel, seed=seed)
+
+
+def recipe(
+    scheme: str | None,
+    pairs: list[str] | None,
+    skip: list[str] | None,
+    calibration: CalibrationSource,
+    *,
+    skip_unfit: bool,
+    lm_head: bool,
+) -> Recipe | None:
+    """Gather the options of the panel 'Quantization'; None when no scheme is asked for."""
+    from llmq.api.loading import Recipe
+
+    if scheme is None:
+        if pairs or skip or skip_unfit or lm_head:
+            raise UsageError("-S, --skip, --skip-unfit and --lm-head say how to apply a scheme; name one with --scheme.")
+        return None
+    return Recipe(scheme, key_values(pairs), tuple(skip or ()), skip_unfit, lm_head, calibration)
+
+
+def calibration_source(source: str | None, windows: int, length: int | None) -> CalibrationSource:
+    """Gather the options of the panel 'Calibration'."""
+    from llmq.api.loading import CalibrationSource
+
+    return CalibrationSource(source, windows, length)

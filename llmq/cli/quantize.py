@@ -1,0 +1,136 @@
+"""`llmq calibrate`, `llmq quantize` and `llmq generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmq.cli import options as o
+
+GROUP = ""
+
+
+def register(app: typer.Typer, _: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("quantize")(quantize)
+    app.command("calibrate")(calibrate)
+    app.command("generate")(generate)
+
+
+def quantize(
+    model: o.Model,
+    scheme: Annotated[
+        str, typer.Option("--scheme", "-s", help="Scheme to apply; see `llmq schemes`.", rich_help_panel=o.QUANTIZING)
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.", rich_help_panel=o.OUTPUT)] = None,
+    option: o.SchemeOptions = None,
+    skip: o.Skip = None,
+    skip_unfit: o.SkipUnfit = False,
+    lm_head: o.LmHead = False,
+    calibration: o.Calibration = None,
+    calibration_windows: o.CalibrationWindows = 128,
+    calibration_length: o.CalibrationLength = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan without reading any weight.", rich_help_panel=o.OUTPUT)
+    ] = False,
+    dtype: o.Dtype = "bf16",
+    threads: o.Threads = None,
+    seed: o.Seed = 0,
+    force: o.Force = False,
+    record: o.RecordFile = None,
+    json: o.Json = False,
+) -> None:
+    """Quantize a checkpoint and write it: safetensors with canonical codes, and llmq.json that says how it was made."""
+    from llmq.api.planning import plan_quantization
+    from llmq.api.quantizing import quantize_checkpoint
+    from llmq.cli import render
+    from llmq.errors import UsageError
+
+    source = o.calibration_source(calibration, calibration_windows, calibration_length)
+    recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head)
+    assert recipe is not None
+    setup = o.setup("cpu", dtype, threads, None, seed)
+    if dry_run:
+        render.plan(plan_quantization(model, recipe, setup), json=json)
+        return
+    if out is None:
+        raise UsageError("nowhere to write to: name a folder with --out, or ask for the plan with --dry-run.")
+    with render.reporting(quiet=json) as progress:
+        result = quantize_checkpoint(model, recipe, setup, out, force=force, progress=progress)
+    render.save_records([result.record], record)
+    render.records_or_json([result.record], json=json)
+    if not json:
+        render.quantized(result)
+
+
+def calibrate(
+    model: o.Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write (.safetensors).", rich_help_panel=o.OUTPUT)],
+    text: Annotated[
+        str | None, typer.Option("--text", metavar="FILE", help="Record windows of this text.", rich_help_panel=o.CALIBRATING)
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset",
+            metavar="NAME|FILE",
+            help="Record from a `datasets` dataset or a local JSONL file.",
+            rich_help_panel=o.CALIBRATING,
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="A,B,…", help="Record the prompts of lm-eval tasks.", rich_help_panel=o.CALIBRATING),
+    ] = None,
+    column: Annotated[str, typer.Option("--column", help="The dataset's text column.", rich_help_panel=o.CALIBRATING)] = "text",
+    windows: o.CalibrationWindows = 128,
+    length: o.CalibrationLength = None,
+    seed: o.Seed = 0,
+    force: o.Force = False,
+) -> None:
+    """Record token windows into a calibration set that any run can reuse. Default source: WikiText-2's training split."""
+    from llmq.api.quantizing import CalibrationInput, record_calibration
+    from llmq.cli import render
+
+    with render.reporting() as progress:
+        recorded = record_calibration(
+            model, CalibrationInput(text, dataset, tasks, column, windows, length), out, seed=seed, force=force, progress=progress
+        )
+    render.calibration_set(recorded, out)
+
+
+def generate(
+    model: o.Model,
+    prompt: Annotated[str, typer.Argument(help="Text to complete.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to add at most.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Draw from the K likeliest tokens.")] = None,
+    scheme: o.Scheme = None,
+    option: o.SchemeOptions = None,
+    skip: o.Skip = None,
+    skip_unfit: o.SkipUnfit = False,
+    lm_head: o.LmHead = False,
+    dtype: o.Dtype = "bf16",
+    device: o.Device = "cpu",
+    threads: o.Threads = None,
+    kernel: o.Kernel = None,
+    seed: o.Seed = 0,
+) -> None:
+    """Complete a prompt."""
+    from llmq.api.generating import complete
+    from llmq.cli import render
+
+    source = o.calibration_source(None, 128, None)
+    recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head)
+    with render.reporting() as progress:
+        pieces = complete(
+            model,
+            prompt,
+            recipe,
+            o.setup(device, dtype, threads, kernel, seed),
+            (max_new_tokens, temperature, top_k),
+            progress=progress,
+        )
+    render.stream(prompt, pieces)

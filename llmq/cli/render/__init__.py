@@ -1,0 +1,38 @@
+"""Everything that llmq prints."""
+
+from llmq.cli.render.console import records_or_json, reporting, save_records
+from llmq.cli.render.facts import calibration_set, description, environment, kernels, plan, quantized, schemes, stream
+from llmq.cli.render.tables import (
+    bandwidth,
+    comparison,
+    demo_closing,
+    demo_opening,
+    evaluation,
+    kernel_speeds,
+    speed,
+    stored_table,
+    task_results,
+)
+
+__all__ = [
+    "bandwidth",
+    "calibration_set",
+    "comparison",
+    "demo_closing",
+    "demo_opening",
+    "description",
+    "environment",
+    "evaluation",
+    "kernel_speeds",
+    "kernels",
+    "plan",
+    "quantized",
+    "records_or_json",
+    "reporting",
+    "save_records",
+    "schemes",
+    "speed",
+    "stored_table",
+    "stream",
+    "task_results",
+]

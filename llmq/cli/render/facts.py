@@ -1,0 +1,227 @@
+"""How checkpoints, plans, kernels, schemes and the environment are shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmq.cli.render.console import grid, print_json, show, stdout
+from llmq.results.figures import plain, size
+
+if TYPE_CHECKING:
+    from llmq.algorithms.report import LayerReport
+    from llmq.api.planning import Plan
+    from llmq.api.quantizing import Quantized
+    from llmq.calibration.recorder import CalibrationSet
+    from llmq.checkpoint import Description
+    from llmq.model.config import LlamaConfig
+    from llmq.ops.select import KernelRow
+    from llmq.results.coverage import Coverage
+
+
+def stream(prompt: str, pieces: Iterator[str]) -> None:
+    """Print a prompt and its completion as it comes."""
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def calibration_set(recorded: CalibrationSet, out: Path) -> None:
+    """Say what was recorded."""
+    n, length = recorded.tokens.shape
+    stdout().print(f"{n} windows of {length} tokens written to {out}", soft_wrap=True)
+    for key, value in recorded.info.to_json().items():
+        stdout().print(f"  [dim]{key:<18}[/dim] {value}", soft_wrap=True)
+
+
+def coverage(rows: Coverage) -> None:
+    """Show what became of every weight: one line for all those alike."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for row in rows.rows:
+        kind = ".".join("*" if part.isdigit() else part for part in row.fqn.split("."))
+        key = (kind, "x".join(map(str, row.shape)), row.source, row.dtype, row.reason or "covered")
+        entry = groups.setdefault(key, [0, 0])
+        entry[0] += 1
+        entry[1] += row.nbytes
+    columns = [
+        ("weights", "left"),
+        ("count", "right"),
+        ("shape", "right"),
+        ("was", "left"),
+        ("is", "left"),
+        ("size", "right"),
+        ("why", "left"),
+    ]
+    cells = [[key[0], str(count), key[1], key[2], key[3], size(nbytes), key[4]] for key, (count, nbytes) in groups.items()]
+    show(grid(columns, cells), title="Coverage", notes=[rows.summary()])
+
+
+def layers(reports: list[LayerReport]) -> None:
+    """Show what quantizing each linear cost."""
+    if not any(report.loss is not None for report in reports):
+        return
+    columns = [("linear", "left"), ("SQNR", "right"), ("loss", "right"), ("of RTN's", "right"), ("damping", "right")]
+    columns += [("dead", "right"), ("time", "right"), ("fallback", "left")]
+    cells = []
+    for report in reports:
+        share = f"{report.loss / report.rtn_loss:.0%}" if report.loss is not None and report.rtn_loss else "–"
+        cells.append(
+            [
+                report.fqn,
+                f"{report.sqnr_db:.1f} dB" if report.sqnr_db is not None else "–",
+                plain(report.loss, 3) if report.loss is not None else "–",
+                share,
+                plain(report.damping, 2) if report.damping is not None else "–",
+                str(report.dead_columns),
+                f"{report.seconds:.2f} s",
+                report.fallback or "",
+            ]
+        )
+    show(grid(columns, cells), title="Layers (loss: Hessian-weighted, as GPTQ minimises it)")
+
+
+def quantized(result: Quantized) -> None:
+    """Show what was written."""
+    loaded = result.loaded
+    assert loaded.coverage is not None
+    coverage(loaded.coverage)
+    layers(loaded.reports)
+    subject = result.record.subject
+    stdout().print(
+        f"\n[bold]{result.out}[/bold] written: {subject.scheme}, {size(subject.size_bytes or 0)}, "
+        f"{subject.bits_per_weight:.3f} bits per weight in quantized linears, {subject.file_bits_per_weight:.3f} over all. "
+        "Every stored tensor was read back and is bit for bit what was computed.",
+        soft_wrap=True,
+    )
+
+
+def plan(planned: Plan, *, json: bool) -> None:
+    """Show what a quantization would do."""
+    if json:
+        print_json(planned.to_json())
+        return
+    coverage(planned.coverage)
+    parts = ", ".join(f"{size(nbytes)} {what}" for what, nbytes in planned.peak_parts.items())
+    bits = planned.coverage.bits_per_weight
+    stdout().print(
+        f"\n{planned.model} with {planned.scheme} {planned.options or ''}: {size(planned.source_bytes)} now, "
+        f"{size(planned.coverage.nbytes)} then{f', {bits:.3f} bits per weight' if bits else ''}; "
+        f"peak memory about {size(planned.peak_bytes)} ({parts}) besides the program. Nothing was read or written.",
+        soft_wrap=True,
+    )
+
+
+def description(facts: Description, *, layers: bool, json: bool) -> None:
+    """Explain a checkpoint."""
+    if json:
+        print_json(facts.to_json())
+        return
+    config = facts.config
+    lines = {
+        "kind": facts.format,
+        "files": ", ".join(f"{file.name} ({size(file.nbytes)})" for file in facts.files),
+        "shape": _shape(config),
+        "parameters": f"{facts.total_parameters:,} ({', '.join(f'{kind} {count:,}' for kind, count in facts.counts.items())})",
+        "stored": ", ".join(f"{row.dtype}: {row.tensors} tensors, {size(row.nbytes)}" for row in facts.dtypes),
+        "bits": f"{facts.matrix_bits_per_weight:.3f} a weight in linears, {facts.file_bits_per_weight:.3f} over all",
+        "tokenizer": facts.tokenizer_problem or _tokenizer(facts),
+    }
+    if facts.artefact is not None:
+        artefact = facts.artefact
+        lines |= {
+            "scheme": f"{artefact.scheme} {artefact.options or ''}",
+            "source": ", ".join(f"{key} {value}" for key, value in artefact.source.items()),
+            "calibrated": ", ".join(f"{key} {value}" for key, value in (artefact.calibration or {"with": "nothing"}).items()),
+            "made with": ", ".join(f"{name} {version}" for name, version in artefact.versions.items())
+            + f", seed {artefact.seed}, {artefact.threads} threads",
+        }
+    console = stdout()
+    console.print(f"\n[bold]{facts.path}[/bold]", soft_wrap=True)
+    for key, value in lines.items():
+        console.print(f"  [dim]{key:<11}[/dim]{value}", soft_wrap=True)
+    for note in facts.notes:
+        console.print(f"  [dim]note[/dim]       {note}", soft_wrap=True)
+    if layers:
+        columns = [("parameter", "left"), ("shape", "right"), ("stored as", "left"), ("bits/weight", "right"), ("size", "right")]
+        rows = [
+            [row.name, "x".join(map(str, row.shape)), row.dtype, f"{row.bits_per_weight:.3f}", size(row.nbytes)]
+            for row in facts.parameters
+        ]
+        show(grid(columns, rows), title="Parameters")
+
+
+def _shape(config: LlamaConfig) -> str:
+    parts = [
+        f"{config.num_layers} layers, {config.hidden_size} wide, FFN {config.intermediate_size}",
+        f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} KV heads",
+        f"vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}",
+    ]
+    return ", ".join([*parts, *(["tied head"] if config.tie_word_embeddings else [])])
+
+
+def _tokenizer(facts: Description) -> str:
+    found = facts.tokenizer
+    if found is None:
+        return "none"
+    return f"{found.file}: {found.kind}, {found.vocab_size:,} tokens, BOS {found.bos_id}, EOS {found.eos_id}"
+
+
+def environment(data: dict[str, Any], *, json: bool) -> None:
+    """Show what this machine and installation offer."""
+    if json:
+        print_json(data)
+        return
+    native = data["native"]
+    lines = {
+        "llmq": f"{data['llmq']} on Python {data['python']}, {data['platform']}",
+        "CPU": f"{data['cpu']}, {data['cores']} cores, {data['threads']} threads, {size(data['memory_bytes'])} of memory",
+        "features": ", ".join(data["cpu_features"]) or "none of those that matter",
+        "torch": f"{data['packages'].get('torch', 'missing')}, CPU capability {data['torch_cpu_capability']}",
+        "CUDA": data["cuda"],
+        "native": f"{native['path']} ({native['isa']})" if native["available"] else f"missing: {native['reason']}",
+        "WikiText-2": data["wikitext_dir"],
+        "packages": ", ".join(f"{name} {version}" for name, version in data["packages"].items() if name != "torch"),
+    }
+    for key, value in lines.items():
+        stdout().print(f"[bold]{key:<11}[/bold]{value}", soft_wrap=True)
+
+
+def kernels(rows: list[KernelRow], *, json: bool) -> None:
+    """List the kernels, fastest first."""
+    if json:
+        print_json([dataclasses.asdict(row) for row in rows])
+        return
+    columns = [("kernel", "left"), ("here", "left"), ("rows", "left"), ("layout", "left"), ("for", "left")]
+    cells = [[row.name, "yes" if row.available else "no", row.rows, row.layout, row.formats] for row in rows]
+    notes = [f"{row.name}: {row.reason}" for row in rows if not row.available]
+    show(grid(columns, cells), title="Kernels, in the order in which they are tried", notes=notes)
+
+
+def schemes(described: list[dict[str, Any]], *, json: bool) -> None:
+    """List the schemes; for a single one, its options too."""
+    if json:
+        print_json(described)
+        return
+    columns = [("scheme", "left"), ("bits/weight", "right"), ("calibration", "left"), ("what it is", "left")]
+    cells = [
+        [row["name"], f"{row['bits_per_weight']:.3f}", "needed" if row["needs_calibration"] else "no", row["summary"]]
+        for row in described
+    ]
+    show(grid(columns, cells), title="Schemes (bits per weight: defaults, 4,096 inputs)")
+    if len(described) == 1 and described[0]["options"]:
+        columns = [("option", "left"), ("default", "left"), ("allowed", "left"), ("what it does", "left")]
+        cells = [
+            [
+                row["name"],
+                str(row["default"]),
+                str(row["type"]),
+                f"{row['description']}{' (' + row['unit'] + ')' if row['unit'] else ''}",
+            ]
+            for row in described[0]["options"]
+        ]
+        show(grid(columns, cells), title="Options (-S option=value)")
