@@ -157,6 +157,7 @@ def test_bundled_model_knows_english(demo_model: Llama, wt2_8m: Path) -> None:
     assert losses[0] < math.log(80) < math.log(400) < losses[1]
 
 
+@pytest.mark.slow
 @pytest.mark.wikitext
 def test_bundled_model_has_the_perplexity_it_was_trained_to(demo_model_fp32: Llama, wt2_8m: Path, wikitext: Path) -> None:
     ids = torch.tensor(pieces(wt2_8m, (wikitext / "test.raw.txt").read_text()[:80000]))
