@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llmq.checkpoint.source import HEAD, TensorInfo, TensorSource, refuse_quantized
 from llmq.errors import CheckpointError
@@ -19,13 +22,28 @@ _COMPUTED = "rotary_emb.inv_freq"
 """Stored by old versions of transformers; llmq computes it from the configuration."""
 
 
+class _Uninitialized(TorchFunctionMode):
+    """Leaves new parameters as they are: on the meta device torch would import its compiler (a second) to fill nothing."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, Tensor.fill_):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def empty_model(config: LlamaConfig) -> Llama:
+    """Return the model on the meta device: shapes, and no memory."""
+    with torch.device("meta"), _Uninitialized():
+        return Llama(config)
+
+
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every parameter, in the model's order; a tied head is not among them."""
-    with torch.device("meta"):
-        model = Llama(config)
     return {
         name: tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in empty_model(config).state_dict().items()
         if not (config.tie_word_embeddings and name == HEAD)
     }
 
@@ -71,7 +89,9 @@ def _missing(names: list[str], config_file: Path, files: list[Path]) -> str:
     where = files[0] if len(files) == 1 else f"the {len(files)} files of {files[0].parent}"
     if names == [HEAD]:
         return f"tensor {HEAD} is missing in {where}; if the model's head is its embedding, {config_file} must say so."
-    return f"{_listed(names)} {_is(names)} missing in {where}; {config_file} asks for it, get the checkpoint again whole."
+    return (
+        f"{_listed(names)} {_is(names)} missing in {where}; {config_file} asks for {_it(names)}, get the checkpoint again whole."
+    )
 
 
 def _listed(names: list[str]) -> str:
@@ -79,6 +99,10 @@ def _listed(names: list[str]) -> str:
     if len(names) == 1:
         return f"tensor {shown}"
     return f"tensors {shown}{f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''}"
+
+
+def _it(names: list[str]) -> str:
+    return "it" if len(names) == 1 else "them"
 
 
 def _is(names: list[str]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.checkpoint.artefact import assemble, formats_by_parameter, stored_names
-from llmq.checkpoint.complete import parameter_shapes
+from llmq.checkpoint.complete import empty_model, parameter_shapes
 from llmq.checkpoint.source import EMBEDDING, HEAD, Checkpoint
 from llmq.checkpoint.verify import refuse_not_finite
 from llmq.errors import CheckpointError, TokenizerError
@@ -24,7 +24,7 @@ from llmq.numerics.weight import QuantizedWeight, float_grid
 from llmq.ops.tensor import QuantizedTensor
 from llmq.progress import SILENT, Progress
 
-_RELEASE_BYTES = 64 << 20
+_RELEASE_BYTES = 32 << 20
 """Mapped bytes that were read and copied before the mapping is let go."""
 
 
@@ -54,8 +54,7 @@ def load_model(
     """
     dtype = dtype or _default_dtype(checkpoint)
     float_grid(dtype)  # refuses other dtypes
-    with torch.device("meta"):
-        model = Llama(checkpoint.config)
+    model = empty_model(checkpoint.config)
     shapes = parameter_shapes(checkpoint.config)
     formats = formats_by_parameter(checkpoint.manifest) if checkpoint.manifest else {}
     reader = _Reader(checkpoint, dtype, torch.device(device), check_finite=check_finite)
@@ -92,7 +91,7 @@ def load_tokenizer_for(checkpoint: Checkpoint, *, progress: Progress = SILENT) -
             "model's: put the right one in its place."
         )
     if tokenizer.vocab_size < rows:
-        progress.note(f"tokenizer {file.name} has {tokenizer.vocab_size} tokens, the model {rows} rows: the rest is padding")
+        progress.note(f"{file.name} has {tokenizer.vocab_size} tokens, the model {rows} rows: the rest is padding")
     return tokenizer
 
 
@@ -127,7 +126,7 @@ class _Reader:
 
     def _count(self, name: str, *, shared: bool) -> None:
         """Let go of the mapping after some copying. Tensors that share it keep it: then there was nothing to be gained."""
-        if shared and self._checkpoint.sources[name].heads is None:
+        if shared and not self._checkpoint.sources[name].copied:
             return
         self._copied_bytes += self._checkpoint.tensors[name].nbytes
         if self._copied_bytes >= _RELEASE_BYTES:

@@ -48,7 +48,9 @@ class SafetensorsFile:
         if dtype is None:
             raise CheckpointError(f"tensor {name} in {self.path} has dtype {entry['dtype']}, which llmq does not know.")
         info = TensorInfo.of(shape, dtype, self.path)
-        if end - begin != info.nbytes or begin < 0:
+        if begin < 0:
+            raise CheckpointError(f"tensor {name} in {self.path} begins at byte {begin}; get the file again.")
+        if end - begin != info.nbytes:
             raise CheckpointError(
                 f"tensor {name} in {self.path} has {end - begin} bytes, its shape {list(shape)} in {entry['dtype']} needs "
                 f"{info.nbytes}; get the file again."

@@ -110,11 +110,16 @@ class TensorSource:
         shape[self.join] = sum(piece.info.shape[self.join] for piece in self.pieces)
         return TensorInfo.of(tuple(shape), first.dtype, first.file)
 
+    @property
+    def copied(self) -> bool:
+        """Whether `read` makes a copy, because the parameter is not stored as it is used."""
+        return len(self.pieces) > 1 or self.heads is not None
+
     def read(self) -> Tensor:
         """Return the parameter: a view of the mapped file where it is stored as it is used, a copy otherwise."""
         if self.join is None:
             tensor = self.pieces[0].read()
-            # a copy that is stored in several files would hold all of them mapped for the sake of a few bytes
+            # a view of what several files hold would keep one of them mapped for the sake of a few bytes
             tensor = tensor.clone() if len(self.pieces) > 1 else tensor
         else:
             tensor = torch.cat([piece.read() for piece in self.pieces], dim=self.join)

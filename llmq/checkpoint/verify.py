@@ -55,8 +55,8 @@ def refuse_not_finite(name: str, file: Path, stored: Tensor, *, cast: Tensor | N
     bad = torch.nonzero(~torch.isfinite(stored))
     first = tuple(bad[0].tolist())
     raise CheckpointError(
-        f"tensor {name} in {file} has {len(bad)} values that are not finite (the first is {stored[first].item()} at "
-        f"{list(first)}); the checkpoint is damaged, get it again."
+        f"tensor {name} in {file} has NaN or infinite values ({len(bad)} of {stored.numel()}, the first is "
+        f"{stored[first].item()} at {list(first)}); the checkpoint is damaged, get it again."
     )
 
 
