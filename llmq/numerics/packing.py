@@ -45,14 +45,15 @@ def pack_codes(codes: Tensor, bits: int, *, signed: bool) -> Tensor:
     n, k = codes.shape
     unit_codes, unit_bytes = _unit(bits)
     stored = (codes + bias).to(torch.uint8) if signed else codes
-    stored = F.pad(stored, (0, -k % unit_codes)).reshape(n, -1, unit_codes)
-    packed = torch.zeros(n, stored.shape[1], unit_bytes, dtype=torch.uint8, device=codes.device)
+    count = -(-k // unit_codes)
+    stored = F.pad(stored, (0, -k % unit_codes)).reshape(n, count, unit_codes)
+    packed = torch.zeros(n, count, unit_bytes, dtype=torch.uint8, device=codes.device)
     for j in range(unit_codes):
         byte, offset = divmod(j * bits, 8)
         packed[:, :, byte] |= stored[:, :, j] << offset  # bits above the eighth fall off: they belong to the next byte
         if offset + bits > 8:
             packed[:, :, byte + 1] |= stored[:, :, j] >> (8 - offset)
-    return packed.reshape(n, -1)[:, : _row_bytes(k, bits)].contiguous()
+    return packed.reshape(n, count * unit_bytes)[:, : _row_bytes(k, bits)].contiguous()
 
 
 def unpack_codes(packed: Tensor, bits: int, k: int, *, signed: bool) -> Tensor:
@@ -79,7 +80,8 @@ def unpack_codes(packed: Tensor, bits: int, k: int, *, signed: bool) -> Tensor:
         return packed
     n = packed.shape[0]
     unit_codes, unit_bytes = _unit(bits)
-    units = F.pad(packed, (0, -packed.shape[1] % unit_bytes)).reshape(n, -1, unit_bytes)
+    count = -(-packed.shape[1] // unit_bytes)
+    units = F.pad(packed, (0, -packed.shape[1] % unit_bytes)).reshape(n, count, unit_bytes)
     columns = []
     for j in range(unit_codes):
         byte, offset = divmod(j * bits, 8)
@@ -87,7 +89,7 @@ def unpack_codes(packed: Tensor, bits: int, k: int, *, signed: bool) -> Tensor:
         if offset + bits > 8:
             value = value | (units[:, :, byte + 1] << (8 - offset))
         columns.append(value & ((1 << bits) - 1))
-    codes = torch.stack(columns, dim=-1).reshape(n, -1)[:, :k]
+    codes = torch.stack(columns, dim=-1).reshape(n, count * unit_codes)[:, :k]
     return codes.to(torch.int8) - (1 << (bits - 1)) if signed else codes.contiguous()
 
 

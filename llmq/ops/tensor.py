@@ -11,6 +11,7 @@ the call becomes the operator `llmq::linear`, and `__torch_dispatch__` replaces 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -157,6 +158,11 @@ class QuantizedTensor(Tensor):
         outer_stride: Sequence[int],
     ) -> QuantizedTensor:
         return QuantizedTensor(tuple(inner[name] for name in _PARTS if name in inner), spec)
+
+    def _stable_hash_for_caching(self) -> str:
+        """Key of torch's compile cache: everything a compiled graph is specialised for."""
+        tensors = [(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device.type) for tensor in self.stored]
+        return hashlib.sha256(repr((self.spec, tensors)).encode()).hexdigest()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) in memo:
