@@ -63,11 +63,12 @@ class Bandwidth:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """What a large matrix product took."""
+    """What a product of two [size, size] matrices took."""
 
     device: str
     threads: int
     dtype: str
+    method: str
     size: int
     seconds: Summary
 
@@ -78,7 +79,8 @@ class Peak:
 
     def metrics(self) -> dict[str, Metric]:
         """Return the metric of a `bandwidth` record."""
-        return {f"peak_{self.dtype}_gflops": Metric(value=self.best_gflops, unit="GFLOP/s")}
+        unit = "GOP/s" if self.dtype == "int8" else "GFLOP/s"
+        return {f"peak_{self.dtype}": Metric(value=self.best_gflops, unit=unit)}
 
 
 @functools.cache
@@ -138,7 +140,7 @@ def measure_peak(
     chosen = TimingPlan(repeats=7, warmup=1, budget_s=2.0, min_repeats=2) if plan is None else plan
     with thread_count(threads) as used:
         samples = time_rounds({"matmul": lambda: torch.mm(left, right, out=out)}, chosen, stopwatch=stopwatch_for(device))
-    return Peak(device, used, str(dtype).removeprefix("torch."), size, summarize(samples["matmul"]))
+    return Peak(device, used, str(dtype).removeprefix("torch."), "torch.mm", size, summarize(samples["matmul"]))
 
 
 def default_buffer_sizes(device: str = "cpu") -> tuple[int, ...]:
