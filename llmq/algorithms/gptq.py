@@ -126,7 +126,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: IntGrid, options: GptqOptions) -
         return QuantizedWeight.from_codes(grid, rtn_codes, scale, zero_point), report
 
     dead = int((diagonal == 0).sum())
-    factor, tried = _factorise(hessian, options)
+    factor, tried = _factorise(hessian, options, original.dtype)
     if factor is None:
         error = original - numbers_of(rtn_codes, grid, scale, zero_point, original.dtype)
         loss = ((error @ hessian.to(error.dtype)) * error).sum(dtype=torch.float64).item()
@@ -149,8 +149,8 @@ def gptq(weight: Tensor, hessian: Tensor, grid: IntGrid, options: GptqOptions) -
     return QuantizedWeight.from_codes(grid, codes, scale, zero_point), report
 
 
-def _factorise(hessian: Tensor, options: GptqOptions) -> tuple[_Factor | None, tuple[float, ...]]:
-    """Factorise in fp64, with more and more damping until it succeeds.
+def _factorise(hessian: Tensor, options: GptqOptions, dtype: torch.dtype) -> tuple[_Factor | None, tuple[float, ...]]:
+    """Factorise in fp64, with more and more damping until it succeeds; U is returned in `dtype`.
 
     Returns:
         The factor (None when no damping on the ladder was enough), and the fractions that were tried.
@@ -173,7 +173,7 @@ def _factorise(hessian: Tensor, options: GptqOptions) -> tuple[_Factor | None, t
         lower, info = torch.linalg.cholesky_ex(matrix)
         pivots = torch.diagonal(lower)
         if int(info) == 0 and bool((torch.isfinite(pivots) & (pivots > 0)).all()):
-            unit = (lower / pivots).flip(0, 1).to(hessian.dtype)
+            unit = (lower / pivots).flip(0, 1).to(dtype)
             return _Factor(order, unit, pivots.square().flip(0), added[order]), tuple(tried)
     return None, tuple(tried)
 
@@ -239,6 +239,6 @@ def _sweep(columns: _Columns, factor: _Factor, block_size: int) -> tuple[Tensor,
                 torch.sub(columns.weight[column], numbers, out=error[column, :n])
                 r -= numbers
         pivots, added = factor.pivots[start:stop], factor.added[start:stop]
-        losses += pivots @ residual.double().square_() - added @ error[start:stop].double().square_()
+        losses += pivots @ residual.double().square() - added @ error[start:stop].double().square()
     losses.clamp_(min=0)  # the difference of two sums: a loss of nothing can come out a rounding error below it
     return columns.codes_in_place(), losses[:n], losses[n:]
