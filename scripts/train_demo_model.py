@@ -139,9 +139,9 @@ def train_tokenizer(text: TextSource, recipe: Recipe) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2].strip() or f"no row is shorter than {SENTENCE_BYTES} bytes"
+        reason = str(error).rpartition("] ")[2].strip() or f"every row is longer than {SENTENCE_BYTES} bytes"
         raise TextError(
-            f"text {text.name} does not make a tokenizer of {recipe.vocab_size} pieces ({reason.rstrip('.')}); "
+            f"text {text.name} does not make a tokenizer of {recipe.vocab_size} pieces (SentencePiece: {reason.rstrip('.')}); "
             "give a longer text, or choose another --vocab-size."
         ) from error
     return model.getvalue()
@@ -302,8 +302,10 @@ Count = Annotated[int, typer.Option(min=1)]
 def main(  # noqa: PLR0913, PLR0917 - a command's options are its parameters
     text: Annotated[Path, typer.Argument(help="UTF-8 text to train on, such as WikiText-2's wiki.train.tokens.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    validation: Annotated[Path | None, typer.Option(help="Text for the validation loss [default: the last 5 % of TEXT].")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,  # noqa: FBT002 - a flag
+    validation: Annotated[
+        Path | None, typer.Option(help="Text for the validation loss; without it, the last 5 % of TEXT.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     vocab_size: Count = DEFAULT.vocab_size,
     context: Count = DEFAULT.context,
     hidden_size: Count = DEFAULT.hidden_size,
@@ -313,10 +315,10 @@ def main(  # noqa: PLR0913, PLR0917 - a command's options are its parameters
     kv_heads: Count = DEFAULT.kv_heads,
     steps: Count = DEFAULT.steps,
     batch_size: Count = DEFAULT.batch_size,
-    learning_rate: Annotated[float, typer.Option(min=0)] = DEFAULT.learning_rate,
+    learning_rate: Annotated[float, typer.Option(min=0, max=1)] = DEFAULT.learning_rate,
     dropout: Annotated[float, typer.Option(min=0, max=0.9)] = DEFAULT.dropout,
     seed: Annotated[int, typer.Option(min=0)] = DEFAULT.seed,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: torch's].")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; without it, torch's choice.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bf16 where torch's autocast does.")] = DEFAULT.bf16,
 ) -> None:
     """Train a small Llama and its tokenizer on TEXT and write a Hugging Face directory."""
