@@ -18,7 +18,7 @@ GRIDS = [
 ]
 
 
-def random_weight(grid: IntGrid, n: int = 5, k: int = 40) -> QuantizedWeight:
+def random_weight(grid: IntGrid, n: int = 4, k: int = 16) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(3)
     codes = torch.randint(grid.qmin, grid.qmax + 1, (n, k), generator=generator).to(torch.int8 if grid.symmetric else torch.uint8)
     scale = (torch.rand(n, grid.groups(k), generator=generator) - 0.3).to(torch_dtype(grid.scale_dtype))

@@ -1,0 +1,14 @@
+"""One thread in this room: the matrices are small, and two threads that wait for each other are slower than one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
