@@ -13,19 +13,26 @@ from llmq.benchmark.machine import Bandwidth, measured_bandwidth, measured_peak
 from llmq.benchmark.speed import BenchPlan, SpeedReport
 from llmq.checkpoint import open_checkpoint
 from llmq.errors import UsageError
+from llmq.numerics.grid import LinearFormat
 from llmq.progress import SILENT, Progress
 from llmq.results.record import Protocol, ResultRecord, Subject
 from llmq.schemes.registry import resolve, scheme_names
 
 
 def bench_tokens(
-    path: str, recipe: Recipe | None, setup: Setup, plan: BenchPlan, *, progress: Progress = SILENT
+    path: str,
+    recipe: Recipe | None = None,
+    setup: Setup | None = None,
+    plan: BenchPlan | None = None,
+    *,
+    progress: Progress = SILENT,
 ) -> list[ResultRecord]:
     """Measure prefill and decode of a checkpoint, for every combination that `plan` asks for.
 
     Raises:
         UsageError: a prompt or context does not fit the model's context.
     """
+    setup, plan = setup or Setup(), plan or BenchPlan()
     loaded = open_model(path, recipe, setup, progress=progress)
     plan.check(loaded.model.config.max_position_embeddings)
     bandwidth = machine_bandwidth(setup, progress)
@@ -137,7 +144,7 @@ def bench_all_kernels(request: KernelRequest, setup: Setup, *, progress: Progres
     """
     setup.apply()
     names = request.schemes or tuple(name for name in scheme_names() if name not in ("fp16", "fp32"))
-    formats = {}
+    formats: dict[str, LinearFormat] = {}
     for name in names:
         form = resolve(name).format
         if form not in formats.values():  # schemes that differ in their codes only run the same kernels

@@ -158,4 +158,4 @@ def measure_quality(loaded: Loaded, reference: ReferenceLogits, text: TextSource
 
 def _fits(reference: Loaded, count: int) -> bool:
     weights = sum(info.nbytes for info in reference.checkpoint.tensors.values())
-    return weights * count < _RESIDENT_SHARE * psutil.virtual_memory().available
+    return weights * count < _RESIDENT_SHARE * int(psutil.virtual_memory().available)

@@ -36,15 +36,18 @@ def complete(
     loaded = open_model(path, recipe, setup, progress=progress)
     tokenizer = loaded.tokenizer
     most, temperature, top_k = sampling
+    prompt_tokens = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
     tokens = generate(
         loaded.model,
-        tokenizer.encode(prompt, bos=tokenizer.bos_id is not None),
+        prompt_tokens,
         max_new_tokens=most,
         sampling=Sampling(temperature, top_k, seed=setup.seed),
     )
 
     def pieces() -> Iterator[str]:
         decoder = StreamDecoder(tokenizer)
+        for token in prompt_tokens:  # what a token's text is depends on the one before it
+            decoder.push(token)
         for token in tokens:
             yield decoder.push(token)
         yield decoder.flush()

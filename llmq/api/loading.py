@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from llmq.schemes.registry import ResolvedScheme, resolve
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD = "lm_head"
+HEAD_KEPT = "the output head is kept unless --lm-head"
 MAX_DEFAULT_WINDOW = 2048
 """Longest window that is chosen without being asked for: the papers' length, and a bound on memory."""
 
@@ -155,7 +157,7 @@ class Loaded:
         )
 
 
-def open_model(path: str, recipe: Recipe | None, setup: Setup, *, progress: Progress = SILENT) -> Loaded:
+def open_model(path: str, recipe: Recipe | None = None, setup: Setup | None = None, *, progress: Progress = SILENT) -> Loaded:
     """Load a checkpoint, apply `recipe`'s scheme to it if there is one, and choose a kernel for every linear.
 
     Without a recipe an original checkpoint runs in the compute dtype, and llmq's own artefact as it was saved.
@@ -165,6 +167,7 @@ def open_model(path: str, recipe: Recipe | None, setup: Setup, *, progress: Prog
         SchemeError: the scheme does not fit the model.
         KernelError: `setup.kernel` cannot run here.
     """
+    setup = setup or Setup()
     setup.apply()
     checkpoint = open_checkpoint(path)
     if checkpoint.manifest is not None and recipe is not None:
@@ -201,6 +204,15 @@ def apply_recipe(loaded: Loaded, recipe: Recipe, *, progress: Progress = SILENT)
         loaded.coverage = quantize_(
             loaded.model, resolved, skip=skip, skip_unfit=recipe.skip_unfit, dtype=loaded.setup.torch_dtype
         )
+    loaded.coverage = explain_head(loaded.coverage, recipe)
+
+
+def explain_head(coverage: Coverage, recipe: Recipe) -> Coverage:
+    """Say of an output head that nobody asked to skip why it was left alone."""
+    if recipe.lm_head or any(fnmatchcase(HEAD, pattern) for pattern in recipe.skip):
+        return coverage
+    rows = (replace(row, reason=HEAD_KEPT) if row.fqn == HEAD and row.reason else row for row in coverage.rows)
+    return replace(coverage, rows=tuple(rows))
 
 
 def calibration_set(loaded: Loaded, source: CalibrationSource, *, progress: Progress = SILENT) -> CalibrationSet:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llmq.api.loading import Recipe, Setup, context_window, linear_fqns
+from llmq.api.loading import Recipe, Setup, context_window, explain_head, linear_fqns
 from llmq.checkpoint import open_checkpoint
 from llmq.errors import UsageError
 from llmq.model.llama import Llama
@@ -48,10 +48,10 @@ def plan_quantization(path: str, recipe: Recipe, setup: Setup) -> Plan:
         raise UsageError(f"{path} is quantized already (scheme {checkpoint.manifest.scheme}); name the original checkpoint.")
     resolved = recipe.resolve()
     with torch.device("meta"):
-        model = Llama(checkpoint.config)
+        model = Llama(checkpoint.config).to(checkpoint.dtype)
     skip = recipe.skipped(linear_fqns(model)) if resolved.baseline_dtype is None else recipe.skip
     dtype = resolved.baseline_dtype or setup.torch_dtype
-    coverage = plan(model, resolved, skip=skip, skip_unfit=recipe.skip_unfit, dtype=dtype)
+    coverage = explain_head(plan(model, resolved, skip=skip, skip_unfit=recipe.skip_unfit, dtype=dtype), recipe)
     parts = {
         "the result": coverage.nbytes,
         "fp32 copies of the largest weight": 3 * 4 * max(row.elements for row in coverage.rows),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from llmq import __version__
 from llmq.api.loading import Loaded, Recipe, Setup, apply_recipe, context_window
 from llmq.calibration.corpus import resolve_text
 from llmq.calibration.recorder import CalibrationSet, InputRecorder
@@ -16,7 +17,7 @@ from llmq.files import check_absent
 from llmq.progress import SILENT, Progress
 from llmq.results.record import Metric, Protocol, ResultRecord
 
-_VERSIONED = ("llmq", "torch", "safetensors")
+_VERSIONED = ("torch", "safetensors")
 """Packages whose version can change the bytes that are written."""
 
 
@@ -98,7 +99,7 @@ def quantize_checkpoint(
         tokenizer_sha256=loaded.tokenizer.sha256,
         seed=setup.seed,
         threads=torch.get_num_threads(),
-        versions={name: version for name, version in environment.packages.items() if name in _VERSIONED},
+        versions={"llmq": __version__} | {name: environment.packages[name] for name in _VERSIONED},
         skipped={fqn: why for fqn, why in loaded.coverage.skipped.items() if not why.startswith("not a linear")},
         layers=[report.to_json() for report in loaded.reports],
     )

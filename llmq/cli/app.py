@@ -18,13 +18,13 @@ EXIT_CODES = (
 
 
 # typer brings its own click, or uses the installed one, depending on its version: take the base class from what it exports
-_CLICK_ERROR = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_CLICK_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 class ErrorHandlingGroup(TyperGroup):
     """Ends every command with one sentence and a fitting exit code; `--debug` lets the traceback through."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command; translate what it raises."""
         try:
             return super().invoke(ctx)

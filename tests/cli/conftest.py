@@ -1,0 +1,28 @@
+"""The command line on real files: the bundled checkpoint and text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli_runs import run_llmq
+
+SAMPLE = Path(__file__).parent.parent.parent / "llmq" / "assets" / "sample"
+
+
+@pytest.fixture(scope="session")
+def evaluation_text() -> Path:
+    return SAMPLE / "evaluation.txt"
+
+
+@pytest.fixture(scope="session")
+def calibration_text() -> Path:
+    return SAMPLE / "calibration.txt"
+
+
+@pytest.fixture(scope="session")
+def int4_artefact(wt2_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled checkpoint as int4, group 32, written once for all tests that read it."""
+    out = tmp_path_factory.mktemp("artefact") / "int4"
+    run_llmq("quantize", wt2_8m, "--scheme", "int4", "-S", "group_size=32", "-o", out)
+    return out
