@@ -1,8 +1,9 @@
 """The named perplexity protocols: which text is fed in which pieces, which tokens are scored, what the sum is divided by.
 
 A perplexity means nothing without these choices: of the same weights and the same articles, published figures differ by more
-than half, where each is right under its own protocol. So a protocol is a value with a name, a version and typed parameters, it is stored with every result, and results of different
-protocols are never compared. docs/protocols.md defines each in words; a change of meaning raises `version`.
+than half, where each is right under its own protocol. So a protocol is a value with a name, a version and typed parameters, it
+is stored with every result, and results of different protocols are never compared. docs/protocols.md defines each in words; a
+change of meaning raises `version`.
 """
 
 from __future__ import annotations

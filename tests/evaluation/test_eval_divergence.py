@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from llmq.calibration.corpus import text_from_string
+from llmq.calibration.corpus import resolve_text, text_from_string
 from llmq.errors import CheckpointError, OutputError, UsageError
 from llmq.evaluation.divergence import evaluate_candidate, evaluate_divergence
 from llmq.evaluation.perplexity import evaluate_perplexity, plan_evaluation
 from llmq.evaluation.protocols import Windows, protocol_names, resolve_protocol
 from llmq.evaluation.reference import DEFAULT_BUDGET, ReferenceLogits
 from llmq.evaluation.scoring import Batching
+from llmq.ops.select import prepare
+from llmq.schemes.apply import quantize_
 
 PROTOCOL = Windows(length=16)
 SMALL = Batching(tokens=40, logits_bytes=128 * 4 * 7)  # slabs of 7 rows, batches of 2 windows: no boundary falls on another
@@ -246,3 +250,23 @@ def test_an_infinite_logit_is_named(chars, make_model, essay) -> None:
     candidate.head = lambda h: head(h).index_fill(-1, torch.tensor([0]), -torch.inf)  # a token that the text does not have
     with pytest.raises(CheckpointError, match=r"divergence of \d+ of \d+ positions is not finite"):
         evaluate_divergence(make_model(), candidate, chars, essay, PROTOCOL)
+
+
+@pytest.mark.slow
+@pytest.mark.wikitext
+def test_fewer_bits_diverge_more(demo, wikitext) -> None:
+    original, tokenizer = demo
+    text, protocol = resolve_text(wikitext, split="test"), Windows(length=256, limit=4)
+    found = {}
+    with ReferenceLogits(original, tokenizer, text, protocol) as reference:
+        for scheme, options in (("fp32", {}), ("bf16", {}), ("int8-weight-only", {}), ("int4", {"group_size": 128})):
+            candidate = copy.deepcopy(original)
+            baseline = scheme in ("fp32", "bf16")
+            quantize_(candidate, scheme, options=options, dtype=torch.float32, skip=() if baseline else ("lm_head",))
+            prepare(candidate)
+            found[scheme] = evaluate_candidate(candidate, tokenizer, text, protocol, reference=reference).divergence
+    kl = {scheme: one.kl_mean.value for scheme, one in found.items()}
+    assert found["fp32"].kl_max < 1e-6  # the same arithmetic, at most in another kernel
+    assert 0 < kl["bf16"] < 1e-3
+    assert 0 < kl["int8-weight-only"] < kl["int4"] / 20  # four bits fewer: 16 times the step, 256 times its square
+    assert found["int8-weight-only"].top1_agreement.value > found["int4"].top1_agreement.value
