@@ -65,7 +65,7 @@ def _open_files(folder: Folder) -> Checkpoint:
     groups = _by_layout(files)
     if "llmq" in groups:
         raise CheckpointError(
-            f"{groups['llmq'][0].path} is a part of llmq's own artefact, whose manifest is missing; name its folder."
+            f"{groups['llmq'][0].path} is a part of llmq's artefact; name its folder, which must hold the manifest too."
         )
     notes: list[str] = []
     if not ({"hf", "meta", "gpt-fast"} & groups.keys() or (groups and config_file)):

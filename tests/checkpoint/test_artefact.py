@@ -316,8 +316,10 @@ def test_incomplete_artefacts(artefact: Path) -> None:
     with pytest.raises(CheckpointError, match="more than one manifest"):
         open_checkpoint(artefact)
     (artefact / "copy.json").unlink()
+    with pytest.raises(CheckpointError, match="name its folder"):
+        open_checkpoint(artefact / "model.safetensors")
     (artefact / "llmq.json").unlink()
-    with pytest.raises(CheckpointError, match="manifest is missing"):
+    with pytest.raises(CheckpointError, match="must hold the manifest too"):
         open_checkpoint(artefact)
 
 

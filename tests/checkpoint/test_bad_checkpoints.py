@@ -392,9 +392,3 @@ def test_a_torch_file_without_named_tensors(writer: Writer, value: object, says:
     folder = writer.gpt_fast()
     torch.save(value, folder / "model.pth")
     refused(folder, str(folder / "model.pth"), says)
-
-
-def test_a_part_of_an_artefact_alone(writer: Writer) -> None:
-    folder = writer.hf()
-    save_file({"lm_head.weight.qdata": torch.ones(2)}, folder / "model.safetensors")
-    refused(folder, str(folder / "model.safetensors"), "whose manifest is missing")
