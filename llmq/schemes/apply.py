@@ -147,7 +147,8 @@ def decide(
             decision = Decision(fqn, linear, parameter, _kept(parameter, compute), f"does not fit: {misfit}")
         decisions.append(decision)
     if unfit and not skip_unfit:
-        raise ShapeError(_unfit_message(resolved.name, unfit, [m.weight.shape[1] for m in linears.values()]))
+        wanted = [m.weight.shape[1] for _, m, _ in unfit] + [d.parameter.shape[1] for d in decisions if d.covered]
+        raise ShapeError(_unfit_message(resolved.name, unfit, wanted))
     return decisions
 
 
@@ -199,16 +200,14 @@ def _check_patterns(patterns: Sequence[str], fqns: list[str]) -> None:
             )
 
 
-def _unfit_message(name: str, unfit: list[tuple[str, nn.Linear, str]], all_k: list[int]) -> str:
+def _unfit_message(name: str, unfit: list[tuple[str, nn.Linear, str]], wanted: list[int]) -> str:
     by_shape: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for fqn, linear, misfit in unfit:
         by_shape.setdefault((tuple(linear.weight.shape), misfit), []).append(fqn)
     layers = "; ".join(f"{', '.join(fqns)} {list(shape)} because {misfit}" for (shape, misfit), fqns in by_shape.items())
-    common = [str(size) for size in GROUP_SIZES if all(k % size == 0 for k in all_k)]
-    advice = f"group_size {' or '.join(common)} fits every linear" if common else "no group size fits every linear"
-    return (
-        f"scheme {name} does not fit {layers}. {advice[0].upper()}{advice[1:]}; or leave those out with --skip or --skip-unfit."
-    )
+    common = [str(size) for size in GROUP_SIZES if all(k % size == 0 for k in wanted)]
+    advice = f"use group_size {' or '.join(common)}, which fits every linear, or " if common else ""
+    return f"scheme {name} does not fit {layers}; {advice}leave those out with --skip or --skip-unfit."
 
 
 def _listed(fqns: list[str]) -> str:
