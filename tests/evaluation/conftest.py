@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,16 @@ def reference_nll(model: MeanModel, inputs: Sequence[int], target: int) -> float
     """-ln p(target | inputs), in double precision, one position at a time."""
     mean = model.embedding[list(inputs)].double().mean(0)
     return -float(torch.log_softmax(model.output.double() @ mean, -1)[target])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The fakes' tensors are tiny: threads would only wait for each other, above all on a busy machine."""
+    before = torch.get_num_threads()
+    if request.node.get_closest_marker("slow") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -345,9 +345,9 @@ def wikitext_task(tmp_path: Path, wikitext: Path) -> Path:
 @pytest.mark.wikitext
 def test_lmeval_word_is_lm_evals_wikitext_task(demo, wikitext, wikitext_task) -> None:
     model, tokenizer = demo
-    results = run_tasks(model, tokenizer, ["wikitext"], options=TaskOptions(include_path=wikitext_task, limit=3))
+    results = run_tasks(model, tokenizer, ["wikitext"], options=TaskOptions(include_path=wikitext_task, limit=2))
     theirs = {score.metric: score.value for score in results.scores}
-    mine = evaluate_perplexity(model, tokenizer, resolve_text(wikitext, split="test"), LmEvalWord(length=256, limit=3))
+    mine = evaluate_perplexity(model, tokenizer, resolve_text(wikitext, split="test"), LmEvalWord(length=256, limit=2))
     assert mine.original is not None
     assert theirs["word_perplexity"] == pytest.approx(mine.original.word_perplexity.value, rel=1e-6)
     assert theirs["byte_perplexity"] == pytest.approx(mine.original.byte_perplexity.value, rel=1e-7)
