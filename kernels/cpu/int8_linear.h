@@ -33,33 +33,49 @@ struct Operands {
   int64_t panel_sums;
 };
 
-// Inputs summed before the next panel's turn when a tile has several blocks of rows: a panel's share, at most 16 KiB,
-// stays in L1 until every row has used it.
+// Inputs that a micro kernel sums before the next block of rows has its turn: a panel's share, 16 KiB, stays in L1 until every
+// row of the tile has used it.
 constexpr int64_t kBlockInputs = 1024;
+// Codes of a tile's rows that are used for all of its panels before the next inputs have their turn: they stay in L2. Within
+// that limit a panel is read from end to end, as memory likes it best.
+constexpr int64_t kSpanBytes = 256 * 1024;
 constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves no room for a fraction
 constexpr uint32_t kInfBits = 0x7f800000u;
 
 static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-static inline uint32_t bits_of(f32_any x) {
-  float value = x;
-  return __builtin_bit_cast(uint32_t, value);
+static inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
 }
-static inline uint32_t bits_of(bf16_any x) { return static_cast<uint32_t>(x) << 16; }
-static inline float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+static inline uint32_t bits_of(F32 x) { return bits_of(x.value); }
+static inline uint32_t bits_of(Bf16 x) { return static_cast<uint32_t>(x.bits) << 16; }  // a bf16 is the upper half of a float
+static inline float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// The kUnit codes that one lane multiplies, as its 32 bits.
+static inline int32_t load_lane(const void* codes) {
+  int32_t lane;
+  memcpy(&lane, codes, sizeof(lane));
+  return lane;
+}
 
 // Round to nearest, ties to even. Exact for |x| < 2^22, and the same in every instruction set, SSE2 included.
 static inline float round_even(float x) { return (x + kRoundMagic) - kRoundMagic; }
 
 static inline uint16_t bf16_bits(float x) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const uint32_t bits = bits_of(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return static_cast<uint16_t>((bits & 0x7fffffffu) > kInfBits ? 0x7fc0u : rounded);
 }
 
-static inline void store(f32_any* y, float value) { *y = value; }
-static inline void store(bf16_any* y, float value) { *y = bf16_bits(value); }
+static inline void store(F32* y, float value) { y->value = value; }
+static inline void store(Bf16* y, float value) { y->bits = bf16_bits(value); }
 
 // The largest |x| as bits. As integers, the bits of non-negative floats are ordered like the floats, with the infinity
 // and then the NaNs above all numbers: one integer maximum finds the largest magnitude and anything not finite.
@@ -121,24 +137,30 @@ struct Int8Linear {
   static void unpack(const uint8_t* packed, int8_t* w, int64_t n, int64_t k, int64_t panel) {
     const uint8_t* in = packed + panel * panel_bytes(k);
     const int64_t columns = min_of(kPanel, n - panel * kPanel);
+    const int64_t whole = k / Isa::kUnit;
     for (int64_t j = 0; j < columns; ++j) {
       int8_t* row = w + (panel * kPanel + j) * k;
-      for (int64_t i = 0; i < k; ++i) {
-        const int64_t at = (i / Isa::kUnit * kPanel + j) * Isa::kUnit + i % Isa::kUnit;
-        row[i] = static_cast<int8_t>(in[at] ^ Isa::kFlip);
+      const uint8_t* lane = in + j * Isa::kUnit;
+      for (int64_t s = 0; s < whole; ++s) {
+        for (int t = 0; t < Isa::kUnit; ++t) {
+          row[s * Isa::kUnit + t] = static_cast<int8_t>(lane[s * kPanel * Isa::kUnit + t] ^ Isa::kFlip);
+        }
+      }
+      for (int64_t t = 0; t < k - whole * Isa::kUnit; ++t) {
+        row[whole * Isa::kUnit + t] = static_cast<int8_t>(lane[whole * kPanel * Isa::kUnit + t] ^ Isa::kFlip);
       }
     }
   }
 
-  static void quantize(const void* x, Dtype dtype, int64_t k, float eps, int8_t* q, f32_any* scale) {
-    *scale = dtype == Dtype::kF32 ? quantize_into<Isa>(static_cast<const f32_any*>(x), k, eps, q)
-                                  : quantize_into<Isa>(static_cast<const bf16_any*>(x), k, eps, q);
+  static void quantize(const void* x, Dtype dtype, int64_t k, float eps, int8_t* q, F32* scale) {
+    scale->value = dtype == Dtype::kF32 ? quantize_into<Isa>(static_cast<const F32*>(x), k, eps, q)
+                                  : quantize_into<Isa>(static_cast<const Bf16*>(x), k, eps, q);
   }
 
   static void quantize_row(const void* x, Dtype dtype, int64_t k, float eps, const QuantizedRows& rows, int64_t row) {
     Code* codes = reinterpret_cast<Code*>(rows.codes + row * rows.row_bytes);
-    rows.scale[row] = dtype == Dtype::kF32 ? quantize_into<Isa>(static_cast<const f32_any*>(x), k, eps, codes)
-                                           : quantize_into<Isa>(static_cast<const bf16_any*>(x), k, eps, codes);
+    rows.scale[row] = dtype == Dtype::kF32 ? quantize_into<Isa>(static_cast<const F32*>(x), k, eps, codes)
+                                           : quantize_into<Isa>(static_cast<const Bf16*>(x), k, eps, codes);
     for (int64_t i = k; i < steps_of(k) * Isa::kUnit; ++i) codes[i] = 0;
     if (Isa::kFlip == 0) return;
     int32_t sum = 0;
@@ -165,48 +187,54 @@ struct Int8Linear {
       // true sum fits (LLMQ_MAX_K).
       start[r] = Isa::kFlip == 0 ? 0 : static_cast<int32_t>(-128u * static_cast<uint32_t>(job.rows.sum[tile.row_begin + r]));
     }
-    const bool one_block = rows <= Isa::kMaxRows;  // then each weight is used once: stream whole panels
-    const int64_t block_steps = one_block ? steps : kBlockInputs / Isa::kUnit;
-    for (int64_t s = 0; s < steps; s += block_steps) {
-      const int64_t here = min_of(block_steps, steps - s);
+    const int64_t block = rows <= Isa::kMaxRows ? steps : kBlockInputs / Isa::kUnit;  // a single block of rows: no turns
+    const int64_t blocks_in_l2 = kSpanBytes / (rows * block * Isa::kUnit * static_cast<int64_t>(sizeof(Code)));
+    const int64_t span = block * (blocks_in_l2 > 1 ? blocks_in_l2 : 1);
+    for (int64_t s = 0; s < steps; s += span) {
+      const Span here = {s, min_of(s + span, steps), block};
       int64_t p = tile.panel_begin;
       for (; p + Isa::kMaxPanels <= tile.panel_end; p += Isa::kMaxPanels) {
-        panel_block<Isa::kMaxPanels>(job, tile, p, s, here, start, &sums[p - tile.panel_begin][0][0]);
+        panel_span<Isa::kMaxPanels>(job, tile, p, here, start, &sums[p - tile.panel_begin][0][0]);
       }
-      for (; p < tile.panel_end; ++p) {
-        panel_block<1>(job, tile, p, s, here, start, &sums[p - tile.panel_begin][0][0]);
-      }
+      for (; p < tile.panel_end; ++p) panel_span<1>(job, tile, p, here, start, &sums[p - tile.panel_begin][0][0]);
     }
     for (int64_t p = tile.panel_begin; p < tile.panel_end; ++p) {
       const int32_t* panel_sums = &sums[p - tile.panel_begin][0][0];
       if (job.dtype == Dtype::kF32) {
-        scale_out<f32_any>(job, tile, p, panel_sums);
+        scale_out<F32>(job, tile, p, panel_sums);
       } else {
-        scale_out<bf16_any>(job, tile, p, panel_sums);
+        scale_out<Bf16>(job, tile, p, panel_sums);
       }
     }
   }
 
-  // All rows of the tile times P panels, over `here` steps from step `s` on. Rows are dealt out evenly (7 = 4 + 3, not
-  // 6 + 1), since a micro kernel of few rows does little with each weight that it loads.
+  // Steps [begin, end) of the inputs, `block` at a time.
+  struct Span {
+    int64_t begin, end, block;
+  };
+
+  // All rows of the tile times P panels. Rows are dealt out evenly (7 = 4 + 3, not 6 + 1), since a micro kernel of few rows
+  // does little with each weight that it loads.
   template <int P>
-  static void panel_block(const LinearJob& job, const Tile& tile, int64_t panel, int64_t s, int64_t here,
-                          const int32_t* start, int32_t* sums) {
-    const int64_t rows = tile.row_end - tile.row_begin, blocks = ceil_div(rows, Isa::kMaxRows);
-    int64_t row = 0;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t block_rows = ceil_div(rows - row, blocks - block);
-      const uint8_t* codes = job.rows.codes + (tile.row_begin + row) * job.rows.row_bytes;
-      Operands<Isa> operands;
-      operands.codes = reinterpret_cast<const Code*>(codes) + s * Isa::kUnit;
-      operands.code_stride = job.rows.row_bytes / static_cast<int64_t>(sizeof(Code));
-      operands.panel_bytes = panel_bytes(job.k);
+  static void panel_span(const LinearJob& job, const Tile& tile, int64_t panel, const Span& span, const int32_t* start,
+                         int32_t* sums) {
+    const int64_t rows = tile.row_end - tile.row_begin, row_blocks = ceil_div(rows, Isa::kMaxRows);
+    Operands<Isa> operands;
+    operands.code_stride = job.rows.row_bytes / static_cast<int64_t>(sizeof(Code));
+    operands.panel_bytes = panel_bytes(job.k);
+    operands.panel_sums = kTileRows * kPanel;
+    for (int64_t s = span.begin; s < span.end; s += span.block) {
       operands.weights = job.packed + panel * operands.panel_bytes + s * kPanel * Isa::kUnit;
-      operands.start = start + row;
-      operands.sums = sums + row * kPanel;
-      operands.panel_sums = kTileRows * kPanel;
-      micro_rows<P>(block_rows, operands, here, s == 0);
-      row += block_rows;
+      int64_t row = 0;
+      for (int64_t left = row_blocks; left > 0; --left) {
+        const int64_t block_rows = ceil_div(rows - row, left);
+        const uint8_t* codes = job.rows.codes + (tile.row_begin + row) * job.rows.row_bytes;
+        operands.codes = reinterpret_cast<const Code*>(codes) + s * Isa::kUnit;
+        operands.start = start + row;
+        operands.sums = sums + row * kPanel;
+        micro_rows<P>(block_rows, operands, min_of(span.block, span.end - s), s == 0);
+        row += block_rows;
+      }
     }
   }
 

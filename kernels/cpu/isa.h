@@ -5,9 +5,13 @@
 
 namespace llmq {
 
-// Element types that may lie at any address: the compiler uses unaligned accesses, and UBSan knows.
-typedef float f32_any __attribute__((aligned(1), may_alias));
-typedef uint16_t bf16_any __attribute__((aligned(1), may_alias));
+// Elements that may lie at any address. Structs, because an attribute of a typedef is lost when it becomes a template argument.
+struct __attribute__((packed, may_alias)) F32 {
+  float value;
+};
+struct __attribute__((packed, may_alias)) Bf16 {
+  uint16_t bits;
+};
 
 constexpr int64_t kPanel = 16;      // output features of one packed panel
 constexpr int64_t kTileRows = 48;   // most rows of one tile: their codes stay in L2 while the tile's panels pass
@@ -26,8 +30,8 @@ struct QuantizedRows {
 struct LinearJob {
   QuantizedRows rows;
   const uint8_t* packed;
-  const f32_any* w_scale;  // [N]
-  const f32_any* bias;     // [N] or null
+  const F32* w_scale;  // [N]
+  const F32* bias;     // [N] or null
   void* y;                 // [rows, N] of `dtype`
   Dtype dtype;
   int64_t n, k;
@@ -51,7 +55,7 @@ struct IsaKernels {
   void (*pack)(const int8_t* w, uint8_t* packed, int64_t n, int64_t k, int64_t panel);
   void (*unpack)(const uint8_t* packed, int8_t* w, int64_t n, int64_t k, int64_t panel);
   // One row x [K] of `dtype` to int8 codes [K] and its scale.
-  void (*quantize)(const void* x, Dtype dtype, int64_t k, float eps, int8_t* q, f32_any* scale);
+  void (*quantize)(const void* x, Dtype dtype, int64_t k, float eps, int8_t* q, F32* scale);
   // One row x [K] of `dtype` to row `row` of `rows`.
   void (*quantize_row)(const void* x, Dtype dtype, int64_t k, float eps, const QuantizedRows& rows, int64_t row);
   // The outputs of one tile.

@@ -15,15 +15,13 @@
 namespace llmq {
 namespace {
 
-typedef int32_t i32_any __attribute__((aligned(1), may_alias));
-
 struct Isa {
   using Code = int16_t;
   static constexpr int kUnit = 2;
   static constexpr int kMaxRows = 6;  // 12 sums, 2 weights, 1 pair of codes, 1 product: all 16 registers
   static constexpr int kMaxPanels = 1;
   static constexpr uint8_t kFlip = 0;
-  static constexpr int64_t kAhead = 1024;  // bytes; the hardware's prefetcher stops at each 4 KiB page
+  static constexpr int64_t kAhead = 1024;  // bytes prefetched ahead: the hardware's own prefetcher stops at each page
 
   template <int R, int P>
   static void micro(const Operands<Isa>& o, int64_t steps, bool first) {
@@ -35,12 +33,12 @@ struct Isa {
     }
     const uint8_t* weights = o.weights;
     for (int64_t s = 0; s < steps; ++s, weights += kPanel * kUnit) {
-      if (R == 1) _mm_prefetch(reinterpret_cast<const char*>(weights + kAhead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(weights + kAhead), _MM_HINT_T0);
       const __m128i* w = reinterpret_cast<const __m128i*>(weights);
       const __m256i w_low = _mm256_cvtepi8_epi16(_mm_loadu_si128(w));
       const __m256i w_high = _mm256_cvtepi8_epi16(_mm_loadu_si128(w + 1));
       for (int r = 0; r < R; ++r) {
-        const __m256i pair = _mm256_set1_epi32(*reinterpret_cast<const i32_any*>(o.codes + r * o.code_stride + 2 * s));
+        const __m256i pair = _mm256_set1_epi32(load_lane(o.codes + r * o.code_stride + 2 * s));
         low[r] = _mm256_add_epi32(low[r], _mm256_madd_epi16(pair, w_low));
         high[r] = _mm256_add_epi32(high[r], _mm256_madd_epi16(pair, w_high));
       }

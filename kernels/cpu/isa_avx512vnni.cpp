@@ -16,8 +16,6 @@
 namespace llmq {
 namespace {
 
-typedef int32_t i32_any __attribute__((aligned(1), may_alias));
-
 struct Isa {
   using Code = int8_t;
   static constexpr int kUnit = 4;
@@ -38,7 +36,7 @@ struct Isa {
       __m512i w[P];
       for (int p = 0; p < P; ++p) w[p] = _mm512_loadu_si512(weights + p * o.panel_bytes);
       for (int r = 0; r < R; ++r) {
-        const __m512i four = _mm512_set1_epi32(*reinterpret_cast<const i32_any*>(o.codes + r * o.code_stride + 4 * s));
+        const __m512i four = _mm512_set1_epi32(load_lane(o.codes + r * o.code_stride + 4 * s));
         for (int p = 0; p < P; ++p) sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], w[p], four);
       }
     }

@@ -11,8 +11,6 @@
 namespace llmq {
 namespace {
 
-typedef int32_t i32_any __attribute__((aligned(1), may_alias));
-
 struct Isa {
   using Code = int8_t;
   static constexpr int kUnit = 4;
@@ -33,7 +31,7 @@ struct Isa {
       int8x16_t w[4];
       for (int v = 0; v < 4; ++v) w[v] = vreinterpretq_s8_u8(vld1q_u8(weights + 16 * v));
       for (int r = 0; r < R; ++r) {
-        const int32_t four = *reinterpret_cast<const i32_any*>(o.codes + r * o.code_stride + 4 * s);
+        const int32_t four = load_lane(o.codes + r * o.code_stride + 4 * s);
         const int8x16_t codes = vreinterpretq_s8_s32(vdupq_n_s32(four));
         for (int v = 0; v < 4; ++v) sums[r][v] = vdotq_s32(sums[r][v], w[v], codes);
       }

@@ -21,6 +21,7 @@ constexpr int32_t kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kChunkRows = 512;         // rows quantized, then multiplied, at a time: bounds the workspace
 constexpr int64_t kSerialElements = 16384;  // quantizing fewer costs less than waking a thread
+constexpr int64_t kSerialProducts = 1 << 17;  // so for multiplying: a few microseconds of work
 constexpr float kLeastNormal = 1.17549435e-38f;
 constexpr float kMostFinite = 3.40282347e+38f;
 
@@ -95,7 +96,7 @@ struct QuantizeJob {
   float eps;
   int64_t rows_per_task;
   int8_t* q;  // or null
-  f32_any* scale;
+  F32* scale;
   QuantizedRows rows;
 };
 
@@ -137,6 +138,7 @@ void tile_task(const void* context, int64_t task) {
 }
 
 void multiply_rows(TileJob& job, int32_t n_threads) {
+  if (job.rows * job.panels * kPanel * job.linear.k <= kSerialProducts) n_threads = 1;
   const int64_t step = job.isa->row_step;
   const int64_t row_tiles = ceil_div(job.rows, kTileRows);
   job.tile_rows = min_of(kTileRows, round_up(ceil_div(job.rows, row_tiles), step));
@@ -186,8 +188,8 @@ int32_t dynamic_linear(const LinearArguments& a, Dtype dtype) {
     multiply.isa = isa;
     multiply.linear.rows = rows;
     multiply.linear.packed = a.packed;
-    multiply.linear.w_scale = a.w_scale;
-    multiply.linear.bias = a.bias;
+    multiply.linear.w_scale = reinterpret_cast<const F32*>(a.w_scale);
+    multiply.linear.bias = reinterpret_cast<const F32*>(a.bias);
     multiply.linear.y = static_cast<uint8_t*>(a.y) + row * a.n * element;
     multiply.linear.dtype = dtype;
     multiply.linear.n = a.n;
@@ -226,7 +228,7 @@ int32_t quantize_per_token(const QuantizeArguments& a, Dtype dtype) {
   job.k = a.k;
   job.eps = a.eps;
   job.q = a.q;
-  job.scale = a.scale;
+  job.scale = reinterpret_cast<F32*>(a.scale);
   quantize_rows(job, a.n_threads);
   return LLMQ_STATUS_OK;
 }

@@ -14,6 +14,8 @@ from llmq.ops.schema import SUPPORTED, Case, Support, unsupported
 _LARGEST_K = 131072
 """LLMQ_MAX_K of llmq_cpu.h."""
 
+_LINEAR = torch.ops.llmq.int8_dynamic_linear.default  # resolving the overload at each call would take longer than the call
+
 
 class NativeInt8Dynamic:
     """`llmq::int8_dynamic_linear`: quantizes the rows of x, multiplies, scales and adds the bias; see `ops.native`.
@@ -76,5 +78,5 @@ class NativeInt8Dynamic:
         """See `Kernel.linear`."""
         assert case.format.activation is not None
         packed, scale = tensors
-        y: Tensor = torch.ops.llmq.int8_dynamic_linear(x, packed, scale, bias, case.n, case.format.activation.eps)
+        y: Tensor = _LINEAR(x, packed, scale, bias, case.n, case.format.activation.eps)
         return y

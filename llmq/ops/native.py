@@ -23,6 +23,7 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ _I64_OUT = ctypes.POINTER(ctypes.c_int64)
 _QUANTIZE = (_I32, _PTR, _PTR, _PTR, _I64, _I64, _I64, _F32, _I32)
 _LINEAR = (_I32, *[_PTR] * 6, *[_I64] * 4, _F32, _I32)
 _PACK = (_I32, _PTR, _PTR, _I64, _I64, _I32)
+
+_SUFFIXES = MappingProxyType({torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f32"})
+"""Suffix of the functions that take a dtype; float16 is widened first, exactly."""
 
 SIGNATURES: tuple[tuple[str, type, tuple[type, ...]], ...] = (
     ("llmq_abi_version", _I32, ()),
@@ -80,7 +84,7 @@ class Unavailable:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Int8Kernels:
     """The int8 functions of one instruction set. Tensors are on the CPU; everything is checked before native code runs."""
 
@@ -96,28 +100,26 @@ class Int8Kernels:
         n, k = codes.shape
         packed = torch.empty(self.packed_bytes(n, k), dtype=torch.uint8)
         source = codes.contiguous()
-        self._call("llmq_int8_pack", source.data_ptr(), packed.data_ptr(), n, k, torch.get_num_threads())
+        self.call("llmq_int8_pack", source.data_ptr(), packed.data_ptr(), n, k, torch.get_num_threads())
         return packed
 
     def unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
         """Inverse of `pack`, bit for bit: int8 [N, K]."""
         self._check_packed(packed, n, k)
         codes = torch.empty(n, k, dtype=torch.int8)
-        self._call("llmq_int8_unpack", packed.data_ptr(), codes.data_ptr(), n, k, torch.get_num_threads())
+        self.call("llmq_int8_unpack", packed.data_ptr(), codes.data_ptr(), n, k, torch.get_num_threads())
         return codes
 
     def packed_bytes(self, n: int, k: int) -> int:
         """Return the size of packed [N, K]."""
-        size = ctypes.c_int64()
-        self._call("llmq_int8_packed_bytes", n, k, ctypes.byref(size))
-        return size.value
+        return _size(self, "llmq_int8_packed_bytes", n, k)
 
     def quantize(self, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Quantize the rows of x [M, K] (float32, bfloat16, float16): codes int8 [M, K] and scale fp32 [M]."""
         x, suffix = _readable(x)
         m, k = x.shape
         codes, scale = torch.empty(m, k, dtype=torch.int8), torch.empty(m)
-        self._call(
+        self.call(
             f"llmq_quantize_per_token_{suffix}",
             x.data_ptr(),
             codes.data_ptr(),
@@ -153,11 +155,9 @@ class Int8Kernels:
         self._check_packed(packed, n, k)
         weight_scale = _vector("scale", scale, n)
         offset = None if bias is None else _vector("bias", bias, n)
-        size = ctypes.c_int64()
-        self._call("llmq_int8_dynamic_linear_workspace_bytes", m, k, ctypes.byref(size))
-        workspace = torch.empty(size.value, dtype=torch.uint8)
+        workspace = torch.empty(_size(self, "llmq_int8_dynamic_linear_workspace_bytes", m, k), dtype=torch.uint8)
         y = torch.empty(m, n, dtype=x.dtype)
-        self._call(
+        self.call(
             f"llmq_int8_dynamic_linear_{suffix}",
             x.data_ptr(),
             packed.data_ptr(),
@@ -182,7 +182,8 @@ class Int8Kernels:
                 f"a weight [{n}, {k}] packed for {self.name} is {expected} contiguous bytes, got {packed.numel()}; pack it here."
             )
 
-    def _call(self, symbol: str, *arguments: object) -> None:
+    def call(self, symbol: str, *arguments: object) -> None:
+        """Call a function that returns a status; the instruction set is its first argument."""
         status = getattr(self.library, symbol)(self.isa, *arguments)
         if status:
             message = self.library.llmq_status_message(status).decode()
@@ -266,18 +267,27 @@ def _library_path() -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+@functools.lru_cache(maxsize=4096)
+def _size(kernels: Int8Kernels, symbol: str, first: int, second: int) -> int:
+    """Ask the library for a size; the answers are kept because asking takes longer than a small linear."""
+    size = ctypes.c_int64()
+    kernels.call(symbol, first, second, ctypes.byref(size))
+    return size.value
+
+
 def _readable(x: Tensor) -> tuple[Tensor, str]:
     """Return x as native code reads it (unit stride in a row, no overlap) and the suffix of its functions."""
-    if x.dtype not in {torch.float32, torch.bfloat16, torch.float16} or x.dim() != 2 or x.device.type != "cpu":
+    suffix = _SUFFIXES.get(x.dtype)
+    if suffix is None or x.dim() != 2 or not x.is_cpu:
         raise KernelError(
             f"the native kernels take x [M, K] of float32, bfloat16 or float16 on the CPU, got {list(x.shape)} of {x.dtype} "
             f"on {x.device}."
         )
-    if x.dtype == torch.float16:
+    if x.dtype is torch.float16:
         x = x.float()
-    if (x.shape[1] > 1 and x.stride(1) != 1) or (x.shape[0] > 1 and x.stride(0) < x.shape[1]):
+    if not x.is_contiguous() and (x.stride(1) != 1 or x.stride(0) < x.shape[1]):
         x = x.contiguous()
-    return x, "f32" if x.dtype == torch.float32 else "bf16"
+    return x, suffix
 
 
 def _row_stride(x: Tensor) -> int:
@@ -287,13 +297,13 @@ def _row_stride(x: Tensor) -> int:
 
 def _vector(name: str, tensor: Tensor, n: int) -> Tensor:
     """Return N floats as contiguous fp32."""
-    if tensor.numel() != n or not tensor.is_floating_point() or tensor.device.type != "cpu":
+    if tensor.numel() != n or not tensor.is_floating_point() or not tensor.is_cpu:
         raise KernelError(f"{name} must be {n} floats on the CPU, got {list(tensor.shape)} of {tensor.dtype} on {tensor.device}.")
-    return tensor.to(torch.float32).contiguous()
+    return tensor if tensor.dtype is torch.float32 and tensor.is_contiguous() else tensor.to(torch.float32).contiguous()
 
 
 def _expect(name: str, tensor: Tensor, dtype: torch.dtype, dim: int) -> None:
-    if tensor.dtype != dtype or tensor.dim() != dim or tensor.device.type != "cpu":
+    if tensor.dtype is not dtype or tensor.dim() != dim or not tensor.is_cpu:
         raise KernelError(
             f"{name} must be a {dim}-dimensional {dtype} tensor on the CPU, got {list(tensor.shape)} of {tensor.dtype} "
             f"on {tensor.device}."

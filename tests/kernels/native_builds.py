@@ -1,0 +1,45 @@
+"""How this room builds the library anew: with sanitizers, with emulated instructions, for another architecture."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parent.parent.parent / "kernels"
+DRIVER = Path(__file__).parent / "driver.cpp"
+
+
+def needs(*tools: str) -> None:
+    """Skip where a tool is missing, except where the native kernels are required."""
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if missing and os.environ.get("LLMQ_REQUIRE_NATIVE") == "1" and set(missing) & {"cmake", "c++"}:
+        pytest.fail(f"LLMQ_REQUIRE_NATIVE is 1, and {', '.join(missing)} is not on this machine")
+    if missing:
+        pytest.skip(f"{', '.join(missing)} is not on this machine")
+
+
+def run(*command: str | Path, **options) -> str:
+    """Run a command; its output, or a failure that shows it."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, **options)
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def build_library(folder: Path, *options: str) -> Path:
+    """Build libllmq_cpu.so in `folder` with CMake, warnings being errors."""
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    run("cmake", *generator, "-S", KERNELS, "-B", folder, "-DLLMQ_WERROR=ON", *options)
+    run("cmake", "--build", folder, "--parallel", "2")
+    return folder / "libllmq_cpu.so"
+
+
+def build_driver(folder: Path, compiler: str, *flags: str) -> Path:
+    """Compile the driver beside the library it is linked to."""
+    program = folder / "driver"
+    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", *flags, f"-I{KERNELS / 'cpu'}"]
+    run(*command, DRIVER, "-o", program, f"-L{folder}", "-lllmq_cpu", f"-Wl,-rpath,{folder}")
+    return program
