@@ -28,10 +28,10 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmq.calibration.corpus import TextSource, cut_windows, resolve_text, token_stream
+from llmq.checkpoint.safetensors_file import write_safetensors
 from llmq.cli.render.console import reporting
 from llmq.errors import LlmqError, TextError, UsageError
 from llmq.evaluation.protocols import Window
@@ -255,8 +255,8 @@ def write_model(model: Llama, recipe: Recipe, folder: Path) -> None:
     tokenizer |= {"model_max_length": recipe.context, "legacy": True}
     for name, data in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         (folder / name).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    write_safetensors(folder / "model.safetensors", weights)
 
 
 def run(
