@@ -18,7 +18,7 @@ TPOT is a median too. Under `compile` every step has the same shapes, and reads 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from llmq.benchmark.machine import Bandwidth
 from llmq.benchmark.memory import peak_memory
 from llmq.benchmark.speed import BenchPlan, DecodeResult, PrefillResult, SpeedReport
-from llmq.benchmark.timing import TimingPlan, stopwatch_for, thread_count, time_rounds
+from llmq.benchmark.timing import Call, TimingPlan, stopwatch_for, thread_count, time_rounds
 from llmq.benchmark.traffic import HEAD, Traffic, traffic_of_model
 from llmq.errors import KernelError
 from llmq.model.generate import decode_step, prefill
@@ -66,36 +66,60 @@ def bench_model(
         UsageError: a prompt or context does not fit into the model's context.
         KernelError: `plan.compile`, and torch.compile fails.
     """
-    plan.check(model.config.max_position_embeddings)
-    traffic = traffic_of_model(model)
-    prefills: list[PrefillResult] = []
-    decodes: list[DecodeResult] = []
+    return bench_models([model], plan, threads=threads, bandwidth=bandwidth, progress=progress)[0]
+
+
+def bench_models(
+    models: Sequence[Llama],
+    plan: BenchPlan,
+    *,
+    threads: int | None = None,
+    bandwidth: Bandwidth | None = None,
+    progress: Progress = SILENT,
+) -> list[SpeedReport]:
+    """Measure several models in the same rounds, A B C A B C …, so that a drift of the machine's speed meets all alike.
+
+    One turn of a model is a whole prefill, or a whole run of `new_tokens` steps. Arguments and errors are those of
+    `bench_model`. Compiled models are measured one after the other, because torch keeps few graphs of one function.
+
+    Returns:
+        One report a model, in their order. Peak memory is that of all models together, and the reports say so.
+    """
+    for model in models:
+        plan.check(model.config.max_position_embeddings)
+    if plan.compile and len(models) > 1:
+        return [bench_model(model, plan, threads=threads, bandwidth=bandwidth, progress=progress) for model in models]
+    traffics = [traffic_of_model(model) for model in models]
+    prefills: list[list[PrefillResult]] = [[] for _ in models]
+    decodes: list[list[DecodeResult]] = [[] for _ in models]
     lengths = plan.lengths
     with (
         torch.no_grad(),
         thread_count(threads) as used,
-        progress.task("tokens per second", len(plan.batch_sizes) * len(lengths)) as advance,
+        progress.task("measuring speed", len(plan.batch_sizes) * len(lengths)) as advance,
     ):
         for batch_size in plan.batch_sizes:
             for length in lengths:
-                case = _Case(model, plan, traffic, batch_size, length, bandwidth)
+                cases = [_Case(*each, plan, batch_size, length) for each in zip(models, traffics, strict=True)]
                 if length in plan.prompt_lengths:
-                    prefills.append(case.time_prefill())
+                    for found, result in zip(prefills, _time_prefills(cases, plan), strict=True):
+                        found.append(result)
                 if length in plan.decode_contexts:
-                    decodes.append(case.time_decode())
+                    for steps, step in zip(decodes, _time_decodes(cases, plan, bandwidth), strict=True):
+                        steps.append(step)
                 advance(1)
-    return SpeedReport(tuple(prefills), tuple(decodes), plan, used, model_nbytes(model))
+    return [
+        SpeedReport(tuple(prefills[index]), tuple(decodes[index]), plan, used, model_nbytes(model), together=len(models))
+        for index, model in enumerate(models)
+    ]
 
 
 class _Case:
-    """One batch size and one length: of a prompt, and of what is in the cache when decoding begins."""
+    """One model, batch size and length: of a prompt, and of what is in the cache when decoding begins."""
 
-    def __init__(
-        self, model: Llama, plan: BenchPlan, traffic: Traffic, batch_size: int, length: int, bandwidth: Bandwidth | None
-    ) -> None:
-        self.model, self.plan, self.traffic, self.bandwidth = model, plan, traffic, bandwidth
+    def __init__(self, model: Llama, traffic: Traffic, plan: BenchPlan, batch_size: int, length: int) -> None:
+        self.model, self.traffic, self.compile = model, traffic, plan.compile
         self.batch_size, self.length = batch_size, length
-        self.timing = TimingPlan(plan.repeats, warmup=1, budget_s=plan.budget_s)
         generator = torch.Generator().manual_seed(plan.seed)
         shape = (batch_size, length)
         self.prompt = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
@@ -109,64 +133,20 @@ class _Case:
             torch.compiler.reset()
             self.prefill = torch.compile(prefill, fullgraph=True, dynamic=False)
             self.decode_step = torch.compile(decode_step, fullgraph=True, dynamic=False)
+        self.logits: Tensor | None = None
 
-    def time_prefill(self) -> PrefillResult:
-        """Time the prompt's prefill, and taking the first token."""
-        state = {"logits": self._fill()}
+    def run_prefill(self) -> None:
+        """Put the prompt into the cache; keep the logits of its last token."""
+        self.logits = self.prefill(self.model, self.cache, self.prompt)
 
-        def run() -> None:
-            state["logits"] = self.prefill(self.model, self.cache, self.prompt)
+    def first_token(self) -> Tensor:
+        """Return the token that follows the prompt, int64 [B, 1]."""
+        assert self.logits is not None
+        return _greedy(self.logits)
 
-        def first_token() -> Tensor:
-            return _greedy(state["logits"])
-
-        calls = {"prefill": run, "first token": first_token}
-        with peak_memory(self.model.device) as memory:
-            kernels, compile_s = self._settle(run, "prefill", self.length)
-            samples = time_rounds(calls, self.timing, stopwatch=stopwatch_for(self.model.device))
-        return PrefillResult(
-            batch_size=self.batch_size,
-            prompt_length=self.length,
-            prefill_s=tuple(samples["prefill"]),
-            ttft_s=tuple(a + b for a, b in zip(samples["prefill"], samples["first token"], strict=True)),
-            flops=self.traffic.prefill_flops(self.batch_size, self.length),
-            compile_s=compile_s,
-            kernels=kernels,
-            memory=memory,
-        )
-
-    def time_decode(self) -> DecodeResult:
-        """Time the steps that follow when the cache holds the context."""
-        decoder = _Decoder(self.model, self.cache, self.decode_step, _greedy(self._fill()), self.length, fixed=self.plan.compile)
-        steps = [f"step {index}" for index in range(self.plan.new_tokens)]
-        calls = {"rewind": decoder.rewind, **dict.fromkeys(steps, decoder.step)}
-        with peak_memory(self.model.device) as memory:
-            kernels, compile_s = self._settle(decoder.restart_and_step, "decode step", 1)
-            samples = time_rounds(calls, self.timing, stopwatch=stopwatch_for(self.model.device))
-        tpot_s = tuple(median(samples[step][repeat] for step in steps) for repeat in range(len(samples["rewind"])))
-        visible = [self.length + index + 1 for index in range(self.plan.new_tokens)]
-        if self.plan.compile:
-            visible = [self.cache.max_length]
-        middle = sorted(visible)[len(visible) // 2]
-        return DecodeResult(
-            batch_size=self.batch_size,
-            context=self.length,
-            new_tokens=self.plan.new_tokens,
-            tpot_s=tpot_s,
-            step_bytes=self.traffic.decode_bytes(self.batch_size, middle),
-            bandwidth=self.bandwidth,
-            compile_s=compile_s,
-            kernels=kernels,
-            memory=memory,
-        )
-
-    def _fill(self) -> Tensor:
-        """Put the prompt into the cache; returns the logits of its last token."""
-        return prefill(self.model, self.cache, self.prompt)
-
-    def _settle(self, call: Callable[[], object], what: str, length: int) -> tuple[dict[str, int], float | None]:
+    def settle(self, call: Callable[[], object], what: str, length: int) -> tuple[dict[str, int], float | None]:
         """Run `call` once untimed; return the kernels that it uses and, under compile, the seconds that compiling took."""
-        if not self.plan.compile:
+        if not self.compile:
             with record_usage() as usage:
                 call()
             plain = sum(1 for _ in _plain_linears(self.model))
@@ -179,25 +159,87 @@ class _Case:
         return planned_kernels(self.model, self.batch_size, length), seconds
 
 
-class _Decoder:
-    """Greedy decoding that can be taken back to where it began, so that it can be repeated."""
+def _time_prefills(cases: Sequence[_Case], plan: BenchPlan) -> list[PrefillResult]:
+    """Time each model's prefill of the prompt, and taking the first token."""
+    with peak_memory(cases[0].model.device) as memory:
+        settled = [case.settle(case.run_prefill, "prefill", case.length) for case in cases]
+        turns: list[dict[str, Call]] = [{"prefill": case.run_prefill, "first token": case.first_token} for case in cases]
+        timed = _in_turns(turns, plan, cases[0].model.device)
+    return [
+        PrefillResult(
+            batch_size=case.batch_size,
+            prompt_length=case.length,
+            prefill_s=tuple(samples["prefill"]),
+            ttft_s=tuple(a + b for a, b in zip(samples["prefill"], samples["first token"], strict=True)),
+            flops=case.traffic.prefill_flops(case.batch_size, case.length),
+            compile_s=compile_s,
+            kernels=kernels,
+            memory=memory,
+        )
+        for case, (kernels, compile_s), samples in zip(cases, settled, timed, strict=True)
+    ]
 
-    def __init__(self, model: Llama, cache: KVCache, step: DecodeStep, first: Tensor, context: int, *, fixed: bool) -> None:
-        self._model, self._cache, self._step = model, cache, step
-        self._first, self._context = first, context
-        self._where = torch.tensor([context], device=model.device) if fixed else None
+
+def _time_decodes(cases: Sequence[_Case], plan: BenchPlan, bandwidth: Bandwidth | None) -> list[DecodeResult]:
+    """Time the steps that follow when the caches hold the context."""
+    steps = [f"step {index}" for index in range(plan.new_tokens)]
+    decoders = [_Decoder(case) for case in cases]
+    with peak_memory(cases[0].model.device) as memory:
+        settled = [case.settle(decoder.restart_and_step, "decode step", 1) for case, decoder in zip(cases, decoders, strict=True)]
+        turns: list[dict[str, Call]] = [{"rewind": decoder.rewind, **dict.fromkeys(steps, decoder.step)} for decoder in decoders]
+        timed = _in_turns(turns, plan, cases[0].model.device)
+    return [
+        DecodeResult(
+            batch_size=case.batch_size,
+            context=case.length,
+            new_tokens=plan.new_tokens,
+            tpot_s=tuple(median(samples[step][repeat] for step in steps) for repeat in range(len(samples["rewind"]))),
+            step_bytes=case.traffic.decode_bytes(case.batch_size, _middle_visible(case, plan)),
+            bandwidth=bandwidth,
+            compile_s=compile_s,
+            kernels=kernels,
+            memory=memory,
+        )
+        for case, (kernels, compile_s), samples in zip(cases, settled, timed, strict=True)
+    ]
+
+
+def _in_turns(turns: Sequence[dict[str, Call]], plan: BenchPlan, device: torch.device) -> list[dict[str, list[float]]]:
+    """Time rounds in which each model has its turn; returns the samples of each turn's calls."""
+    budget_s = None if plan.budget_s is None else plan.budget_s * len(turns)
+    timing = TimingPlan(plan.repeats, warmup=1, budget_s=budget_s)
+    calls = {f"{index} {name}": call for index, turn in enumerate(turns) for name, call in turn.items()}
+    samples = time_rounds(calls, timing, stopwatch=stopwatch_for(device))
+    return [{name: samples[f"{index} {name}"] for name in turn} for index, turn in enumerate(turns)]
+
+
+def _middle_visible(case: _Case, plan: BenchPlan) -> int:
+    """Return how many tokens of the cache a run's middle step reads."""
+    return case.cache.max_length if case.compile else case.length + plan.new_tokens // 2 + 1
+
+
+class _Decoder:
+    """Greedy decoding after a case's prompt, that can be taken back to where it began, so that it can be repeated."""
+
+    def __init__(self, case: _Case) -> None:
+        if case.logits is None:  # else the cache holds the prompt already
+            case.logits = prefill(case.model, case.cache, case.prompt)
+        self._case = case
+        self._first = case.first_token()
+        self._where = torch.tensor([case.length], device=case.model.device) if case.compile else None
         self.rewind()
 
     def rewind(self) -> None:
         """Go back to the first token after the context."""
-        self._tokens, self._position = self._first, self._context
+        self._tokens, self._position = self._first, self._case.length
         if self._where is not None:
-            self._where.fill_(self._context)
+            self._where.fill_(self._case.length)
 
     def step(self) -> None:
         """Decode one token of every sequence, and choose the next."""
         position = self._position if self._where is None else self._where
-        self._tokens = _greedy(self._step(self._model, self._cache, self._tokens, position))
+        case = self._case
+        self._tokens = _greedy(case.decode_step(case.model, case.cache, self._tokens, position))
         self._position += 1
         if self._where is not None:
             self._where += 1

@@ -176,6 +176,8 @@ class SpeedReport:
     threads: int
     model_nbytes: int
     """Bytes that the model's parameters store, as they are laid out for its kernels."""
+    together: int = 1
+    """How many models were measured in turns, all of them in memory."""
 
     def records(self, subject: Subject, environment: Environment) -> list[ResultRecord]:
         """Return one record a prefill and one a decode, all of `subject`."""
@@ -192,11 +194,21 @@ class SpeedReport:
                 metrics=result.metrics() | own,
                 kernels=result.kernels,
                 environment=environment,
-                notes=list(_notes(result)),
+                notes=list(self._notes(result)),
             )
             for kind, results in kinds
             for result in results
         ]
+
+    def _notes(self, result: PrefillResult | DecodeResult) -> list[str]:
+        notes = []
+        if self.together > 1:
+            notes.append(
+                f"speed was measured in turns with all {self.together} models in memory; peak memory is theirs together."
+            )
+        if result.memory.since == "process":
+            notes.append("peak memory is that of the whole process, as this system does not let a run start its own count.")
+        return notes
 
 
 def time_metric(seconds: Sequence[float]) -> Metric:
@@ -218,9 +230,3 @@ def _shared_metrics(compile_s: float | None, memory: PeakMemory) -> dict[str, Me
     if compile_s is not None:
         found["compile_s"] = Metric(value=compile_s, unit="s")
     return found
-
-
-def _notes(result: PrefillResult | DecodeResult) -> tuple[str, ...]:
-    if result.memory.since == "run":
-        return ()
-    return ("peak memory is that of the whole process, as this system does not let a run start its own count.",)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.benchmark import decode
-from llmq.benchmark.decode import PLAIN, bench_model, model_nbytes, planned_kernels
+from llmq.benchmark.decode import PLAIN, bench_model, bench_models, model_nbytes, planned_kernels
 from llmq.benchmark.machine import Bandwidth
 from llmq.benchmark.order_statistics import summarize
 from llmq.benchmark.speed import BenchPlan, SpeedReport
@@ -194,6 +194,28 @@ def test_progress_is_told(model: Llama) -> None:
 def test_what_cannot_run_is_refused_before_it_runs(model: Llama, plan: BenchPlan, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         bench_model(model, plan)
+
+
+def test_several_models_take_turns(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Llama(dataclasses.replace(CONFIG, num_layers=1))
+    order: list[tuple[int, int]] = []
+    real = decode.decode_step
+
+    def spy(model: Llama, cache: KVCache, tokens: Tensor, position: int | Tensor) -> Tensor:
+        order.append((model.config.num_layers, int(position)))
+        return real(model, cache, tokens, position)
+
+    monkeypatch.setattr(decode, "decode_step", spy)
+    reports = bench_models([model, other], BenchPlan(prompt_lengths=(8,), new_tokens=3, repeats=2), bandwidth=WALL)
+    turn = [(layers, position) for layers in (2, 1) for position in (8, 9, 10)]
+    assert order == [(2, 8), (1, 8)] + turn * 3
+    assert [report.together for report in reports] == [2, 2]
+    for report, own in zip(reports, (model, other), strict=True):
+        assert len(report.prefills[0].prefill_s) == len(report.decodes[0].tpot_s) == 2
+        assert report.decodes[0].step_bytes == traffic_of_model(own).decode_bytes(1, 8 + 2)
+        assert report.model_nbytes == model_nbytes(own)
+        (note,) = report.records(SUBJECT, capture(threads=1))[0].notes
+        assert "all 2 models in memory" in note
 
 
 @pytest.mark.slow
