@@ -162,7 +162,7 @@ def check_task_names(tasks: Sequence[str], known: Sequence[str]) -> None:
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
             raise UsageError(
-                f"unknown lm-eval task {name!r}: {hint}There are {len(known):,} names, which `lm_eval --tasks list` prints; "
+                f"unknown lm-eval task {name!r}: {hint}There are {len(known):,} names, which `lm-eval ls tasks` prints; "
                 "more come from a folder of definitions (--include-path)."
             )
 
