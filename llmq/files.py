@@ -49,6 +49,9 @@ def atomic_path(path: Path, *, force: bool = False) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
+        if temporary.is_file():
+            # some writers (safetensors) make files that only their owner can read
+            temporary.chmod(0o666 & ~_umask())
         if path.is_dir():
             # rename cannot replace a folder that holds files: set the old one aside, so that it is never lost half-way
             aside = path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -63,6 +66,12 @@ def atomic_path(path: Path, *, force: bool = False) -> Iterator[Path]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # the only way to ask is to set it
+    os.umask(mask)
+    return mask
 
 
 def _remove(path: Path) -> None:

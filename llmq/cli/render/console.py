@@ -100,10 +100,17 @@ def show(table: Table, *, title: str = "", notes: list[str] | None = None) -> No
 
 
 def grid(columns: list[tuple[str, str]], rows: list[list[str]]) -> Table:
-    """Build a table of (heading, 'left' or 'right') columns."""
+    """Build a table of (heading, 'left' or 'right') columns; text in the first and last folds on a narrow terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for heading, justify in columns:
-        table.add_column(heading, justify="right" if justify == "right" else "left", no_wrap=True)
+    for index, (heading, justify) in enumerate(columns):
+        folds = justify == "left" and index in (0, len(columns) - 1)
+        table.add_column(
+            heading,
+            justify="right" if justify == "right" else "left",
+            no_wrap=not folds,
+            overflow="fold",
+            min_width=12 if folds else None,
+        )
     for row in rows:
         table.add_row(*row)
     return table

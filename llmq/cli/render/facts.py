@@ -43,8 +43,8 @@ def coverage(rows: Coverage) -> None:
     """Show what became of every weight: one line for all those alike."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for row in rows.rows:
-        kind = ".".join("*" if part.isdigit() else part for part in row.fqn.split("."))
-        key = (kind, "x".join(map(str, row.shape)), row.source, row.dtype, row.reason or "covered")
+        kind = ".".join("*" if part.isdigit() else part for part in row.fqn.removeprefix("model.").split("."))
+        key = (kind, "x".join(map(str, row.shape)), _short(row.dtype), row.reason or "covered")
         entry = groups.setdefault(key, [0, 0])
         entry[0] += 1
         entry[1] += row.nbytes
@@ -52,13 +52,19 @@ def coverage(rows: Coverage) -> None:
         ("weights", "left"),
         ("count", "right"),
         ("shape", "right"),
-        ("was", "left"),
-        ("is", "left"),
+        ("stored as", "left"),
         ("size", "right"),
         ("why", "left"),
     ]
-    cells = [[key[0], str(count), key[1], key[2], key[3], size(nbytes), key[4]] for key, (count, nbytes) in groups.items()]
+    cells = [[key[0], str(count), key[1], key[2], size(nbytes), key[3]] for key, (count, nbytes) in groups.items()]
     show(grid(columns, cells), title="Coverage", notes=[rows.summary()])
+
+
+def _short(text: str) -> str:
+    """Write dtypes as schemes are called."""
+    for long, short in (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")):
+        text = text.replace(long, short)
+    return text
 
 
 def layers(reports: list[LayerReport]) -> None:
