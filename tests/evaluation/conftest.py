@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmq.calibration.corpus import TextSource, text_from_string
 from llmq.checkpoint import load_model, load_tokenizer_for, open_checkpoint
+from llmq.model.config import LlamaConfig
 from llmq.model.llama import Llama
 from llmq.model.tokenizer import Tokenizer
 
@@ -120,3 +121,41 @@ def demo(wt2_8m: Path) -> tuple[Llama, Tokenizer]:
     """The bundled checkpoint in fp32, and its tokenizer."""
     checkpoint = open_checkpoint(wt2_8m)
     return load_model(checkpoint, dtype=torch.float32), load_tokenizer_for(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def llama() -> Llama:
+    torch.manual_seed(0)
+    model = Llama(
+        LlamaConfig(
+            vocab_size=128,
+            hidden_size=32,
+            intermediate_size=64,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            max_position_embeddings=48,
+            rms_norm_eps=1e-5,
+            rope_theta=10000.0,
+            bos_token_id=126,
+            eos_token_ids=(127,),
+        )
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.ndim == 2:
+            parameter.normal_(std=0.4)
+    return model
+
+
+def request_score(model: Llama, inputs: list[int], targets: list[int]) -> tuple[float, bool]:
+    """ln p of the last tokens, and whether they are the most likely ones, one request at a time."""
+    logits = model(torch.tensor([inputs]))[0, -len(targets) :].double().log_softmax(-1)
+    score = logits.gather(1, torch.tensor(targets)[:, None]).sum()
+    return float(score), logits.argmax(-1).tolist() == targets
+
+
+@pytest.fixture
+def exact_score() -> Callable[[Llama, list[int], list[int]], tuple[float, bool]]:
+    return request_score
