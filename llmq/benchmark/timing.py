@@ -203,7 +203,6 @@ def _round(calls: Mapping[str, Call], watch: Stopwatch) -> list[float]:
 @contextmanager
 def _garbage_collection_held_off() -> Iterator[None]:
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
