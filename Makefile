@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 PINS   := configs/constraints.txt
 BUILD  := pyproject.toml $(PINS) $(wildcard kernels/CMakeLists.txt kernels/cpu/*)
 TORCH  := $(shell sed -n 's/^\(torch==.*\)/\1/p' $(PINS))

@@ -115,11 +115,10 @@ def demo(
     record: o.RecordFile = None,
 ) -> None:
     """Compare the schemes on the bundled 8 M parameter Llama: about two minutes on two cores."""
-    from importlib.resources import files
-
+    import llmq
     from llmq.cli import render
 
-    bundled = Path(str(files("llmq"))) / "assets" / "wt2-8m"
+    bundled = Path(str(llmq.__file__)).parent / "assets" / "wt2-8m"
     render.demo_opening(bundled)
     compare(str(bundled), schemes=schemes, limit=limit, calibration_windows=64, repeats=3, threads=threads, record=record)
     render.demo_closing(bundled)
