@@ -13,7 +13,7 @@ from llmq.checkpoint.hf import QUANTIZATION_KEY, hf_config_file, read_hf_config
 from llmq.checkpoint.manifest import KIND, Manifest, parse_manifest
 from llmq.checkpoint.safetensors_file import SafetensorsFile
 from llmq.checkpoint.sniff import Folder
-from llmq.checkpoint.source import Checkpoint, TensorInfo, TensorSource
+from llmq.checkpoint.source import HEAD, Checkpoint, TensorInfo, TensorSource
 from llmq.errors import CheckpointError, ShapeError, UsageError
 from llmq.model.config import LlamaConfig
 from llmq.numerics.grid import FloatGrid, Grid, IntGrid, LinearFormat
@@ -83,7 +83,11 @@ def _check(
     """Return what is known of each stored tensor; refuse what the manifest does not describe."""
     formats = formats_by_parameter(manifest)
     tensors: dict[str, TensorInfo] = {}
-    for parameter, shape in parameter_shapes(config).items():
+    shapes = parameter_shapes(config)
+    unknown = [name for name in formats if name not in shapes and not (name == HEAD and config.tie_word_embeddings)]
+    if unknown:
+        raise CheckpointError(f"{manifest_file} gives a format to {unknown[0]}, which the model does not have; it is damaged.")
+    for parameter, shape in shapes.items():
         form = formats.get(parameter)
         names = stored_names(parameter, form.weight if form else None)
         for name in names:
@@ -99,8 +103,10 @@ def _check(
                 raise CheckpointError(f"tensor {parameter} in {file} is not what {manifest_file} describes: {error}") from error
             continue
         info = tensors[parameter]
-        dtype = form.weight.dtype if form is not None and isinstance(form.weight, FloatGrid) else manifest.dtype
+        dtype = manifest.dtype
         assert dtype is not None  # parse_manifest
+        if form is not None and form.weight != FloatGrid(dtype):
+            raise CheckpointError(f"{manifest_file} has {parameter} in {form.weight}, and the model in {dtype}; it is damaged.")
         if info.shape != shape or info.dtype != torch_dtype(dtype):
             raise CheckpointError(
                 f"tensor {parameter} in {info.file} is {info.dtype} {list(info.shape)}, {manifest_file} describes torch.{dtype} "

@@ -27,7 +27,7 @@ from llmq.checkpoint.hf import QUANTIZATION_KEY
 from llmq.checkpoint.manifest import FILE_NAME, Manifest, StoredFile
 from llmq.checkpoint.safetensors_file import write_safetensors
 from llmq.checkpoint.source import EMBEDDING, HEAD, Checkpoint
-from llmq.errors import OutputError
+from llmq.errors import OutputError, UsageError
 from llmq.files import atomic_path, sha256_file
 from llmq.model.config import LlamaConfig
 from llmq.model.llama import Llama
@@ -81,6 +81,7 @@ def save_model(
 
     Raises:
         OutputError: `out` exists, cannot be written, or reads back differently.
+        UsageError: parameters that are not quantized differ in dtype.
     """
     out = Path(out)
     stored = _stored(model)
@@ -116,6 +117,8 @@ def _stored(model: Llama) -> _Stored:
         if name != HEAD or not config.tie_word_embeddings:
             grid = value.format.weight if isinstance(value, QuantizedTensor) else None
             tensors |= dict(zip(stored_names(name, grid), stored, strict=True))
+            if not isinstance(grid, IntGrid) and stored[0].dtype != model.dtype:
+                raise UsageError(f"{name} is {stored[0].dtype}, the model {model.dtype}; cast it to one dtype before saving it.")
     return _Stored(tensors, formats, config)
 
 
@@ -171,7 +174,7 @@ def _compare(written: Checkpoint, tensors: Mapping[str, Tensor], out: Path) -> N
             raise OutputError(
                 f"tensor {name} of {out} reads back differently from what was written; check the disk and write again."
             )
-    written.release()
+        written.release()
 
 
 def _bytes(tensor: Tensor) -> Tensor:

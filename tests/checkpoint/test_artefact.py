@@ -17,7 +17,7 @@ from torch import nn
 
 from llmq.checkpoint import Checkpoint, Manifest, describe, load_model, open_checkpoint, save_model, verify
 from llmq.checkpoint import store as store_module
-from llmq.errors import CheckpointError, OutputError
+from llmq.errors import CheckpointError, OutputError, UsageError
 from llmq.model.llama import Llama
 from llmq.numerics.grid import ActivationGrid, FloatGrid, IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight, torch_dtype
@@ -192,6 +192,20 @@ def test_an_artefact_in_another_dtype(source: Checkpoint, model: Llama, tmp_path
     assert torch.isfinite(loaded(torch.tensor([[1, 2, 3]]))).all()
 
 
+def test_a_format_in_another_dtype_than_the_model(source: Checkpoint, tmp_path: Path) -> None:
+    save_model(load_model(source), tmp_path / "out", manifest=MANIFEST, source=source)
+    edit(tmp_path / "out" / "llmq.json", formats={"lm_head": LinearFormat(FloatGrid("float16")).to_json()})
+    with pytest.raises(CheckpointError, match=r"llmq.json has lm_head.weight in FloatGrid\(dtype='float16'\), and the model in"):
+        open_checkpoint(tmp_path / "out")
+
+
+def test_one_dtype(source: Checkpoint, model: Llama, tmp_path: Path) -> None:
+    model.model.norm.half()
+    with pytest.raises(UsageError, match=r"model.norm.weight is torch.float16, the model torch.float32"):
+        save_model(model, tmp_path / "out", manifest=MANIFEST, source=source)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_tokenizer_travels(wt2_8m: Path, tmp_path: Path) -> None:
     source = open_checkpoint(wt2_8m)
     save_model(load_model(source), tmp_path / "out", manifest=MANIFEST, source=source)
@@ -245,6 +259,7 @@ def artefact(source: Checkpoint, model: Llama, tmp_path: Path) -> Path:
         ({"surprise": 1}, "surprise: "),
         ({"formats": {"lm_head": {"weight": {"kind": "int", "bits": 9}, "activation": None}}}, "bits must be from 2 to 8"),
         ({"formats": {"lm_head": {}}}, "formats: "),
+        ({"formats": {"head": LinearFormat(FloatGrid("float16")).to_json()}}, "gives a format to head.weight, which the model"),
         ({"weights": {}}, "weights is missing"),
         ({"dtype": None}, "dtype is missing"),
         ({"weights": {"../model.safetensors": {"sha256": "", "nbytes": 1}}}, "is missing in"),
