@@ -77,7 +77,7 @@ def obq_or_rtn(weight: Tensor, hessian: Tensor, grid: IntGrid, options: GptqOpti
 @pytest.mark.parametrize("act_order", [True, False], ids=["act_order", "in order"])
 @pytest.mark.parametrize(("n", "k"), [(8, 16), (5, 32), (16, 48)])
 def test_equals_naive_reference(grid: IntGrid, act_order: bool, n: int, k: int) -> None:
-    for seed in range(3):
+    for seed in range(2):
         weight, hessian = problem(n, k, seed)
         options = GptqOptions(act_order=act_order)
         quantized, _ = gptq(weight, hessian, grid, options)
@@ -86,11 +86,11 @@ def test_equals_naive_reference(grid: IntGrid, act_order: bool, n: int, k: int) 
 
 @pytest.mark.parametrize("act_order", [True, False])
 def test_block_size_changes_nothing(act_order: bool) -> None:
-    weight, hessian = problem(24, 320)
+    weight, hessian = problem(24, 144)
     grid = GRIDS["float zero"]
     codes = [
         gptq(weight, hessian, grid, GptqOptions(block_size=size, act_order=act_order))[0].codes()
-        for size in (1, 16, 100, 128, 320)
+        for size in (1, 16, 100, 128, 144)
     ]
     assert all(torch.equal(codes[0], other) for other in codes[1:])
 
@@ -104,7 +104,7 @@ def test_identity_hessian_is_round_to_nearest(grid: IntGrid) -> None:
     assert report.loss == pytest.approx(3 * (weight - quantized.dequantize()).square().sum().item(), rel=1e-5)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(st.integers(0, 10_000), st.sampled_from(sorted(GRIDS)), st.booleans(), st.sampled_from([2, 16, 200]))
 def test_loss_is_never_above_round_to_nearest(seed: int, name: str, act_order: bool, rows: int) -> None:
     grid = GRIDS[name]

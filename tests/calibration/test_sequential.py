@@ -43,7 +43,7 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.tokens = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def test_each_block_is_calibrated_on_what_the_quantized_ones_before_it_make() ->
                 assert report.loss <= report.rtn_loss
             h = block(h, 0.5)
     assert [report.fqn for report in reports][:3] == ["blocks.0.first", "blocks.0.other", "blocks.0.last"]
-    assert len(reports) == 9
+    assert len(reports) == 6
 
 
 def test_coverage_and_what_is_left_alone() -> None:
@@ -131,7 +131,7 @@ def test_coverage_and_what_is_left_alone() -> None:
     assert rows["lm_head"].reason == rows["blocks.1.last"].reason == "skipped as asked"
     assert rows["blocks.0.last"].target == "int4 g32 float zero"
     assert rows["blocks.0.last"].sqnr_db == reports[2].sqnr_db
-    assert len(reports) == 6
+    assert len(reports) == 3
     assert isinstance(model.lm_head.weight, QuantizedTensor)
     assert isinstance(model.lm_head.weight.format.weight, FloatGrid)
     assert model.blocks[0].last.weight.dtype == model.blocks[0].norm.weight.dtype == torch.bfloat16
@@ -160,8 +160,8 @@ def test_a_scheme_without_statistics_gives_what_quantize_gives() -> None:
 
 def test_same_seed_same_codes() -> None:
     first, second = Model(), Model()
-    quantize_sequential(first, SCHEME, windows(), skip=["lm_head"])
-    quantize_sequential(second, SCHEME, windows(), skip=["lm_head"])
+    quantize_sequential(first, SCHEME, windows(4), skip=["lm_head"])
+    quantize_sequential(second, SCHEME, windows(4), skip=["lm_head"])
     for a, b in zip(first.blocks, second.blocks, strict=True):
         assert torch.equal(a.last.weight.weight.qdata, b.last.weight.weight.qdata)
 
@@ -189,7 +189,7 @@ class Listener:
 @pytest.mark.parametrize("skip", [["lm_head"], [], ["lm_head", "blocks.0.*"]])
 def test_progress_ends_at_its_total(skip: list[str]) -> None:
     listener = Listener()
-    quantize_sequential(Model(), SCHEME, windows(), skip=skip, progress=listener)
+    quantize_sequential(Model(), SCHEME, windows(3), skip=skip, progress=listener)
     assert listener.steps == listener.total
     assert listener.notes == []
 
