@@ -1,9 +1,10 @@
 // The int8 linear, written once for every instruction set.
 //
-// Each isa_*.cpp defines, in an anonymous namespace, a struct `Isa` with what differs (see below), and instantiates this.
-// Nothing here may get external linkage: a function shared between translation units of different -m flags would be kept
-// by the linker in one copy only, and that copy may hold instructions the machine does not have. Hence: templates over a
-// type of an anonymous namespace, `static` functions, and no C++ standard library. A test looks at the objects' symbols.
+// Each isa_*.cpp defines, in an anonymous namespace, a struct `Isa` with what differs (see below), and instantiates
+// this. Nothing here may get external linkage: a function shared between translation units of different -m flags would
+// be kept by the linker in one copy only, and that copy may hold instructions the machine does not have. Hence:
+// templates over a type of an anonymous namespace, `static` functions, and no C++ standard library. A test looks at the
+// objects' symbols.
 //
 // struct Isa {
 //   using Code;                     // how a quantized activation is stored: int16_t or int8_t
@@ -33,11 +34,11 @@ struct Operands {
   int64_t panel_sums;
 };
 
-// Inputs that a micro kernel sums before the next block of rows has its turn: a panel's share, 16 KiB, stays in L1 until every
-// row of the tile has used it.
+// Inputs that a micro kernel sums before the next block of rows has its turn: a panel's share, 16 KiB, stays in L1
+// until every row of the tile has used it.
 constexpr int64_t kBlockInputs = 1024;
-// Codes of a tile's rows that are used for all of its panels before the next inputs have their turn: they stay in L2. Within
-// that limit a panel is read from end to end, as memory likes it best.
+// Codes of a tile's rows that are used for all of its panels before the next inputs have their turn: they stay in L2.
+// Within that limit a panel is read from end to end, as memory likes it best.
 constexpr int64_t kSpanBytes = 256 * 1024;
 constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves no room for a fraction
 constexpr uint32_t kInfBits = 0x7f800000u;
@@ -51,7 +52,9 @@ static inline uint32_t bits_of(float x) {
   return bits;
 }
 static inline uint32_t bits_of(F32 x) { return bits_of(x.value); }
-static inline uint32_t bits_of(Bf16 x) { return static_cast<uint32_t>(x.bits) << 16; }  // a bf16 is the upper half of a float
+static inline uint32_t bits_of(Bf16 x) {
+  return static_cast<uint32_t>(x.bits) << 16;
+}  // a bf16 is the upper half of a float
 static inline float float_of(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof(x));
@@ -154,7 +157,7 @@ struct Int8Linear {
 
   static void quantize(const void* x, Dtype dtype, int64_t k, float eps, int8_t* q, F32* scale) {
     scale->value = dtype == Dtype::kF32 ? quantize_into<Isa>(static_cast<const F32*>(x), k, eps, q)
-                                  : quantize_into<Isa>(static_cast<const Bf16*>(x), k, eps, q);
+                                        : quantize_into<Isa>(static_cast<const Bf16*>(x), k, eps, q);
   }
 
   static void quantize_row(const void* x, Dtype dtype, int64_t k, float eps, const QuantizedRows& rows, int64_t row) {
@@ -185,9 +188,11 @@ struct Int8Linear {
     for (int64_t r = 0; r < rows; ++r) {
       // With weights stored as w + 128: sum a (w + 128) - 128 sum a = sum a w, modulo 2^32, hence exactly, because the
       // true sum fits (LLMQ_MAX_K).
-      start[r] = Isa::kFlip == 0 ? 0 : static_cast<int32_t>(-128u * static_cast<uint32_t>(job.rows.sum[tile.row_begin + r]));
+      start[r] =
+          Isa::kFlip == 0 ? 0 : static_cast<int32_t>(-128u * static_cast<uint32_t>(job.rows.sum[tile.row_begin + r]));
     }
-    const int64_t block = rows <= Isa::kMaxRows ? steps : kBlockInputs / Isa::kUnit;  // a single block of rows: no turns
+    const int64_t block =
+        rows <= Isa::kMaxRows ? steps : kBlockInputs / Isa::kUnit;  // a single block of rows: no turns
     const int64_t blocks_in_l2 = kSpanBytes / (rows * block * Isa::kUnit * static_cast<int64_t>(sizeof(Code)));
     const int64_t span = block * (blocks_in_l2 > 1 ? blocks_in_l2 : 1);
     for (int64_t s = 0; s < steps; s += span) {
@@ -213,8 +218,8 @@ struct Int8Linear {
     int64_t begin, end, block;
   };
 
-  // All rows of the tile times P panels. Rows are dealt out evenly (7 = 4 + 3, not 6 + 1), since a micro kernel of few rows
-  // does little with each weight that it loads.
+  // All rows of the tile times P panels. Rows are dealt out evenly (7 = 4 + 3, not 6 + 1), since a micro kernel of few
+  // rows does little with each weight that it loads.
   template <int P>
   static void panel_span(const LinearJob& job, const Tile& tile, int64_t panel, const Span& span, const int32_t* start,
                          int32_t* sums) {
@@ -261,8 +266,9 @@ struct Int8Linear {
   }
 
   static constexpr IsaKernels table(const char* name, const char* layout, bool (*available)()) {
-    return {name,      layout, Isa::kUnit, static_cast<int64_t>(sizeof(Code)), Isa::kMaxRows, Isa::kMaxPanels,
-            available, pack,   unpack,     quantize,                           quantize_row,  linear_tile};
+    return {name,          layout,          Isa::kUnit,   static_cast<int64_t>(sizeof(Code)),
+            Isa::kMaxRows, Isa::kMaxPanels, available,    pack,
+            unpack,        quantize,        quantize_row, linear_tile};
   }
 };
 

@@ -5,7 +5,8 @@
 
 namespace llmq {
 
-// Elements that may lie at any address. Structs, because an attribute of a typedef is lost when it becomes a template argument.
+// Elements that may lie at any address. Structs, because an attribute of a typedef is lost when it becomes a template
+// argument.
 struct __attribute__((packed, may_alias)) F32 {
   float value;
 };
@@ -32,7 +33,7 @@ struct LinearJob {
   const uint8_t* packed;
   const F32* w_scale;  // [N]
   const F32* bias;     // [N] or null
-  void* y;                 // [rows, N] of `dtype`
+  void* y;             // [rows, N] of `dtype`
   Dtype dtype;
   int64_t n, k;
 };

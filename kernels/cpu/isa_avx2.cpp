@@ -2,8 +2,8 @@
 //
 // Why not vpmaddubsw, which makes 32: its pairs of products saturate at int16, and 255 * 127 * 2 does not fit. With the
 // signs moved (|w| <= 128 unsigned, a * sign(w) in [-127, 127]) they do (2 * 128 * 127 = 32512), but then each 32
-// products cost vpsignb, vpmaddubsw, vpmaddwd by ones and vpaddd: four instructions, as many as two pairs of vpmaddwd and
-// vpaddd, which need no such care. vpmaddwd cannot overflow here: |a0 w0 + a1 w1| <= 2 * 127 * 128 in int32.
+// products cost vpsignb, vpmaddubsw, vpmaddwd by ones and vpaddd: four instructions, as many as two pairs of vpmaddwd
+// and vpaddd, which need no such care. vpmaddwd cannot overflow here: |a0 w0 + a1 w1| <= 2 * 127 * 128 in int32.
 //
 // The floor, on a core with four vector pipes of which two multiply (Zen 3): 32 products a cycle take 2 vpmaddwd and 2
 // vpaddd, all four pipes. The largest micro kernel (6 rows, 16 outputs) does 192 products in 26 vector instructions, 24

@@ -1,9 +1,10 @@
-// AVX-512 VNNI: 64 products an instruction with vpdpbusd, unsigned times signed. The weights are the unsigned side, stored
-// as code + 128, so that the broadcast codes of x can be memory operands; `linear_tile` starts each sum with -128 * (sum of
-// the row's codes), which takes the offset out again. vpdpbusd wraps and does not saturate (vpdpbusds would).
+// AVX-512 VNNI: 64 products an instruction with vpdpbusd, unsigned times signed. The weights are the unsigned side,
+// stored as code + 128, so that the broadcast codes of x can be memory operands; `linear_tile` starts each sum with
+// -128 * (sum of the row's codes), which takes the offset out again. vpdpbusd wraps and does not saturate (vpdpbusds
+// would).
 //
-// Compiled with -mavx512f -mavx512bw -mavx512vl -mavx512vnni, called only where `available` says so. With LLMQ_SIMDE it is
-// compiled against SIMDe instead, for the tests of machines without AVX-512.
+// Compiled with -mavx512f -mavx512bw -mavx512vl -mavx512vnni, called only where `available` says so. With LLMQ_SIMDE it
+// is compiled against SIMDe instead, for the tests of machines without AVX-512.
 #ifdef LLMQ_SIMDE
 #  define SIMDE_ENABLE_NATIVE_ALIASES
 #  include <simde/x86/avx512.h>
@@ -52,8 +53,8 @@ bool available() {
 #else
   // libgcc and compiler-rt count a feature only when XGETBV says that the operating system saves its registers.
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 #endif
 }
 

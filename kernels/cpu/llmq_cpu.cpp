@@ -19,8 +19,8 @@ const IsaKernels* const kIsas[] = {
 constexpr int32_t kIsaCount = sizeof(kIsas) / sizeof(kIsas[0]);
 
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kChunkRows = 512;         // rows quantized, then multiplied, at a time: bounds the workspace
-constexpr int64_t kSerialElements = 16384;  // quantizing fewer costs less than waking a thread
+constexpr int64_t kChunkRows = 512;           // rows quantized, then multiplied, at a time: bounds the workspace
+constexpr int64_t kSerialElements = 16384;    // quantizing fewer costs less than waking a thread
 constexpr int64_t kSerialProducts = 1 << 17;  // so for multiplying: a few microseconds of work
 constexpr float kLeastNormal = 1.17549435e-38f;
 constexpr float kMostFinite = 3.40282347e+38f;

@@ -1,13 +1,14 @@
 /* llmq_cpu: the native CPU kernels behind a plain C ABI.
  *
  * Rules, for every symbol:
- *   - the caller owns all memory; nothing is kept between calls; nothing is thrown; any number of threads may call at once;
+ *   - the caller owns all memory; nothing is kept between calls; nothing is thrown; any number of threads may call at
+ * once;
  *   - sizes are int64_t and counted in elements unless the name says bytes; matrices are row-major;
  *   - pointers need no alignment at all, not even that of their element; buffers of one call must not overlap;
  *   - bf16 values are their uint16_t bits;
  *   - what can fail returns an LLMQ_STATUS_*, and has then written nothing;
- *   - the result depends on neither `n_threads` nor `isa`, to the last bit: integer sums are exact, and each float is made
- *     by the same IEEE operations in the same order (no contraction).
+ *   - the result depends on neither `n_threads` nor `isa`, to the last bit: integer sums are exact, and each float is
+ * made by the same IEEE operations in the same order (no contraction).
  *
  * `isa` numbers an instruction set of this build: 0 <= isa < llmq_isa_count(), and llmq_isa_available(isa) must be 1.
  * llmq_isa_best() names the fastest one; tests name others.
@@ -94,7 +95,8 @@ LLMQ_API int32_t llmq_int8_dynamic_linear_workspace_bytes(int32_t isa, int64_t m
 
 /* With q, scale as llmq_quantize_per_token makes them of x, in fp32 and in this order:
  *     y[m, n] = float(sum_k q[m, k] * w[n, k]) * scale[m] * w_scale[n] + bias[n]
- * The sum is exact; y is rounded to its dtype (that of x) once, half to even. bias may be NULL: nothing is then added. */
+ * The sum is exact; y is rounded to its dtype (that of x) once, half to even. bias may be NULL: nothing is then added.
+ */
 LLMQ_API int32_t llmq_int8_dynamic_linear_f32(int32_t isa, const float* x /* [M, K], rows x_stride apart */,
                                               const uint8_t* packed /* [packed_bytes] */,
                                               const float* w_scale /* [N] */, const float* bias /* [N] or NULL */,

@@ -1,6 +1,7 @@
-// Drives the C ABI without Python, for the sanitizers and for machines that are emulated. Every instruction set that runs here
-// against a naive reference (int64 sums, float operations one at a time), with buffers that start one byte off any alignment
-// and end where the allocation ends. Prints one line an instruction set; exits 1 at the first difference.
+// Drives the C ABI without Python, for the sanitizers and for machines that are emulated. Every instruction set that
+// runs here against a naive reference (int64 sums, float operations one at a time), with buffers that start one byte
+// off any alignment and end where the allocation ends. Prints one line an instruction set; exits 1 at the first
+// difference.
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -119,7 +120,10 @@ Reference quantize(const std::vector<typename Type::Element>& x, int64_t m, int6
     for (int64_t i = 0; i < k; ++i) {
       const volatile float scaled = Type::to_float(x[row * stride + i]) * inverse;
       const float rounded = nearbyintf(scaled);
-      r.q[row * k + i] = nan || isinf(most) ? 0 : rounded < -127 ? -127 : rounded > 127 ? 127 : static_cast<int>(rounded);
+      r.q[row * k + i] = nan || isinf(most) ? 0
+                         : rounded < -127   ? -127
+                         : rounded > 127    ? 127
+                                            : static_cast<int>(rounded);
     }
   }
   return r;
@@ -135,7 +139,8 @@ std::vector<typename Type::Element> make_x(int64_t m, int64_t k, int64_t stride,
       float value = random_float() * ldexpf(1.0f, static_cast<int>(row % 40) - 20);
       if (row % 5 == 1) value = 0;
       if (fill == Fill::kExtreme) value = (row + i) & 1 ? -1.5f : 1.5f;
-      if (fill == Fill::kTies) value = i == 0 ? 127.0f : static_cast<float>(static_cast<int>(random32() % 508) - 254) / 2;
+      if (fill == Fill::kTies)
+        value = i == 0 ? 127.0f : static_cast<float>(static_cast<int>(random32() % 508) - 254) / 2;
       x[row * stride + i] = Type::from_float(value);
     }
     if (fill == Fill::kNotFinite && row % 3 == 0) x[row * stride + k / 2] = Type::from_float(row % 2 ? NAN : -INFINITY);
@@ -154,7 +159,8 @@ void check_linear(int32_t isa, int64_t m, int64_t n, int64_t k, int64_t gap, Fil
 
   Odd<int8_t> w(n * k), unpacked(n * k);
   for (int64_t i = 0; i < n * k; ++i) {
-    w.set(i, static_cast<int8_t>(fill == Fill::kExtreme ? (i % 3 ? -128 : 127) : static_cast<int>(random32() % 256) - 128));
+    w.set(i, static_cast<int8_t>(fill == Fill::kExtreme ? (i % 3 ? -128 : 127)
+                                                        : static_cast<int>(random32() % 256) - 128));
   }
   Odd<float> w_scale(n), bias(n);
   for (int64_t j = 0; j < n; ++j) w_scale.set(j, 0.6f * random_float()), bias.set(j, random_float());
@@ -163,7 +169,8 @@ void check_linear(int32_t isa, int64_t m, int64_t n, int64_t k, int64_t gap, Fil
   expect(llmq_int8_packed_bytes(isa, n, k, &bytes) == 0 && bytes >= n * k, "packed_bytes", n, k);
   Odd<uint8_t> packed(bytes), packed_by_two(bytes);
   expect(llmq_int8_pack(isa, w.data(), packed.data(), n, k, 1) == 0, "pack", n, k);
-  expect(llmq_int8_pack(isa, w.data(), packed_by_two.data(), n, k, 2) == 0 && packed.same(packed_by_two), "pack by two", n, k);
+  expect(llmq_int8_pack(isa, w.data(), packed_by_two.data(), n, k, 2) == 0 && packed.same(packed_by_two), "pack by two",
+         n, k);
   unpacked.poison();
   expect(llmq_int8_unpack(isa, packed.data(), unpacked.data(), n, k, 2) == 0 && unpacked.same(w), "unpack", n, k);
 
@@ -181,8 +188,9 @@ void check_linear(int32_t isa, int64_t m, int64_t n, int64_t k, int64_t gap, Fil
   y.poison();
   for (int32_t threads = 1; threads <= 2; ++threads) {
     workspace.poison();
-    const int32_t status = Type::linear(isa, x.data(), packed.data(), w_scale.data(), with_bias ? bias.data() : nullptr,
-                                        (threads == 1 ? y : y_by_two).data(), workspace.data(), m, n, k, stride, kEps, threads);
+    const int32_t status =
+        Type::linear(isa, x.data(), packed.data(), w_scale.data(), with_bias ? bias.data() : nullptr,
+                     (threads == 1 ? y : y_by_two).data(), workspace.data(), m, n, k, stride, kEps, threads);
     expect(status == 0, "linear", m, n);
   }
   expect(y.same(y_by_two), "one thread and two", m, n);
@@ -213,8 +221,8 @@ void check_type(int32_t isa) {
     }
   }
   for (Fill fill : fills) check_linear<Type>(isa, 6, 17, 65, 2, fill, true);
-  check_linear<Type>(isa, 53, 20, 2051, 1, Fill::kRandom, true);   // several row tiles, several blocks of inputs
-  check_linear<Type>(isa, 515, 3, 5, 0, Fill::kRandom, false);     // more rows than one chunk
+  check_linear<Type>(isa, 53, 20, 2051, 1, Fill::kRandom, true);  // several row tiles, several blocks of inputs
+  check_linear<Type>(isa, 515, 3, 5, 0, Fill::kRandom, false);    // more rows than one chunk
   check_linear<Type>(isa, 1, 1, LLMQ_MAX_K, 0, Fill::kExtreme, false);
 }
 
