@@ -131,7 +131,7 @@ def compare_schemes(request: CompareRequest, setup: Setup | None = None, *, prog
             loaded = (
                 reference if recipe.scheme == request.reference else open_model(request.model, recipe, setup, progress=progress)
             )
-            records += measure_quality(loaded, logits, text, progress)
+            records += measure_quality(loaded, (reference, logits), text, progress)
             if plan and resident:
                 models.append(loaded)
             elif plan:
@@ -147,13 +147,14 @@ def compare_schemes(request: CompareRequest, setup: Setup | None = None, *, prog
     return Comparison(comparison_table(records), records)
 
 
-def measure_quality(loaded: Loaded, reference: ReferenceLogits, text: TextSource, progress: Progress) -> list[ResultRecord]:
-    """Perplexity and divergence of one candidate, from one pass."""
+def measure_quality(
+    loaded: Loaded, reference: tuple[Loaded, ReferenceLogits], text: TextSource, progress: Progress
+) -> list[ResultRecord]:
+    """Perplexity and divergence of one candidate from the reference and its logits, from one pass."""
+    other, logits = reference
     with record_usage() as usage:
-        both = evaluate_candidate(
-            loaded.model, loaded.tokenizer, text, reference.plan.protocol, reference=reference, progress=progress
-        )
-    return quality_records(loaded, both.perplexity, both.divergence, usage.linears(), notes_of(loaded, text))
+        both = evaluate_candidate(loaded.model, loaded.tokenizer, text, logits.plan.protocol, reference=logits, progress=progress)
+    return quality_records(loaded, both.perplexity, (both.divergence, other), usage.linears(), notes_of(loaded, text))
 
 
 def _fits(reference: Loaded, count: int) -> bool:

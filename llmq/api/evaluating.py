@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llmq.api.loading import HEAD, Loaded, Recipe, Setup, linear_fqns, open_model
@@ -90,7 +90,7 @@ def evaluate_model(
     if reference is None:
         with record_usage() as usage:
             perplexity = evaluate_perplexity(loaded.model, loaded.tokenizer, text, protocol, progress=progress)
-        divergence = None
+        against = None
     else:
         other = open_model(reference, None, setup, progress=progress)
         if other.model.config.vocab_size != loaded.model.config.vocab_size:
@@ -103,23 +103,23 @@ def evaluate_model(
             record_usage() as usage,
         ):
             both = evaluate_candidate(loaded.model, loaded.tokenizer, text, protocol, reference=logits, progress=progress)
-        perplexity, divergence = both.perplexity, both.divergence
+        perplexity, against = both.perplexity, (both.divergence, other)
     notes = notes_of(loaded, text)
-    records = quality_records(loaded, perplexity, divergence, usage.linears(), notes)
+    records = quality_records(loaded, perplexity, against, usage.linears(), notes)
     if files.losses:
-        save_losses(perplexity.losses, files.losses, force=files.force)
+        save_losses(replace(perplexity.losses, subject=f"{loaded.name} {loaded.scheme}"), files.losses, force=files.force)
     versus = paired_difference(earlier, perplexity.losses) if earlier else None
-    return Evaluation(records, perplexity, divergence, versus, notes)
+    return Evaluation(records, perplexity, against[0] if against else None, versus, notes)
 
 
 def quality_records(
     loaded: Loaded,
     perplexity: PerplexityResult,
-    divergence: DivergenceResult | None,
+    divergence: tuple[DivergenceResult, Loaded] | None,
     kernels: dict[str, int],
     notes: list[str],
 ) -> list[ResultRecord]:
-    """Make the records of one evaluation."""
+    """Make the records of one evaluation; a divergence comes with the reference that it is measured from."""
     subject, environment = loaded.subject(), loaded.setup.environment()
     found = [
         ResultRecord(
@@ -133,12 +133,18 @@ def quality_records(
         )
     ]
     if divergence is not None:
+        measured, reference = divergence
+        named = {
+            "reference": f"{reference.name} {reference.scheme}",
+            "reference_sha256": reference.checkpoint.sha256,
+            "reference_dtype": reference.setup.dtype,
+        }
         found.append(
             ResultRecord(
                 kind="divergence",
                 subject=subject,
-                protocol=divergence.protocol,
-                metrics=divergence.metrics(),
+                protocol=measured.protocol.model_copy(update={"params": measured.protocol.params | named}),
+                metrics=measured.metrics(),
                 kernels=kernels,
                 environment=environment,
                 notes=notes,

@@ -14,7 +14,7 @@ import torch
 
 from llmq.algorithms.report import LayerReport
 from llmq.api.sizes import Size, size_of
-from llmq.calibration.corpus import resolve_text
+from llmq.calibration.corpus import resolve_text, token_stream
 from llmq.calibration.recorder import CalibrationSet, InputRecorder
 from llmq.calibration.sequential import quantize_sequential
 from llmq.checkpoint import Checkpoint, load_model, load_tokenizer_for, open_checkpoint
@@ -32,6 +32,8 @@ from llmq.schemes.apply import quantize_
 from llmq.schemes.registry import ResolvedScheme, resolve
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEFAULT_WINDOWS = 128
+"""Calibration windows where no number is asked for and the text has as many."""
 HEAD = "lm_head"
 HEAD_KEPT = "the output head is kept unless --lm-head"
 MAX_DEFAULT_WINDOW = 2048
@@ -56,7 +58,8 @@ class Setup:
         return DTYPES[self.dtype]
 
     def apply(self) -> None:
-        """Set torch's thread count and seed; check the device."""
+        """Set torch's thread count and seed; check the device and the dtype."""
+        self.torch_dtype  # noqa: B018 - refuses an unknown one before anything is loaded
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"unknown device {self.device!r}; allowed are cpu and cuda.")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -71,10 +74,13 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSource:
-    """Where calibration windows come from: a text, or a file that `llmq calibrate` wrote; None is the default text."""
+    """Where calibration windows come from: a text, or a file that `llmq calibrate` wrote; None is the default text.
+
+    `windows` None takes `DEFAULT_WINDOWS`, or as many as the text has; `length` None takes `context_window`.
+    """
 
     source: str | None = None
-    windows: int = 128
+    windows: int | None = None
     length: int | None = None
 
 
@@ -219,11 +225,20 @@ def calibration_set(loaded: Loaded, source: CalibrationSource, *, progress: Prog
     """Read a recorded calibration set, or record one from a text."""
     if source.source and Path(source.source).is_file() and sniff(Path(source.source)) is Kind.SAFETENSORS:
         return CalibrationSet.load(Path(source.source), tokenizer=loaded.tokenizer)
-    text = resolve_text(source.source, split="train")
-    progress.note(f"calibration text: {text.name}")
     length = source.length or context_window(loaded.model.config)
-    recorder = InputRecorder(loaded.tokenizer, windows=source.windows, length=length, seed=loaded.setup.seed)
-    return recorder.record_text(text)
+    return record_text(loaded.tokenizer, source.source, source.windows, length, loaded.setup.seed, progress=progress)
+
+
+def record_text(
+    tokenizer: Tokenizer, named: str | None, windows: int | None, length: int, seed: int, *, progress: Progress = SILENT
+) -> CalibrationSet:
+    """Record windows of a text; says which text, and how many windows where nobody said."""
+    text = resolve_text(named, split="train")
+    if windows is None:
+        available = len(token_stream(tokenizer, text.documents())) // length
+        windows = max(1, min(DEFAULT_WINDOWS, available))
+    progress.note(f"calibration text: {text.name}, {windows} windows of {length} tokens")
+    return InputRecorder(tokenizer, windows=windows, length=length, seed=seed).record_text(text)
 
 
 def linear_fqns(model: torch.nn.Module) -> list[str]:

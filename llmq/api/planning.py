@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llmq.api.loading import Recipe, Setup, context_window, explain_head, linear_fqns
+from llmq.api.loading import DEFAULT_WINDOWS, Recipe, Setup, context_window, explain_head, linear_fqns
 from llmq.checkpoint import open_checkpoint
 from llmq.errors import UsageError
 from llmq.model.llama import Llama
@@ -58,7 +58,7 @@ def plan_quantization(path: str, recipe: Recipe, setup: Setup) -> Plan:
     }
     if resolved.needs_calibration:
         config, source = checkpoint.config, recipe.calibration
-        tokens = source.windows * (source.length or context_window(config))
+        tokens = (source.windows or DEFAULT_WINDOWS) * (source.length or context_window(config))
         widest = max(row.shape[-1] for row in coverage.quantized)
         parts["calibration activations"] = 2 * tokens * config.hidden_size * torch.float32.itemsize
         parts["Hessian of the widest linear and its factors"] = 4 * widest * widest * torch.float64.itemsize

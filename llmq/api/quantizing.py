@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from llmq import __version__
-from llmq.api.loading import Loaded, Recipe, Setup, apply_recipe, context_window
-from llmq.calibration.corpus import resolve_text
+from llmq.api.loading import DEFAULT_WINDOWS, Loaded, Recipe, Setup, apply_recipe, context_window, record_text
 from llmq.calibration.recorder import CalibrationSet, InputRecorder
 from llmq.checkpoint import Manifest, load_model, load_tokenizer_for, open_checkpoint, save_model
 from llmq.errors import UsageError
@@ -29,7 +28,7 @@ class CalibrationInput:
     dataset: str | None = None
     tasks: str | None = None
     column: str = "text"
-    windows: int = 128
+    windows: int | None = None
     length: int | None = None
 
 
@@ -59,15 +58,14 @@ def record_calibration(
         raise UsageError(f"name one source of calibration windows, got {' and '.join(f'--{name}' for name in named)}.")
     checkpoint = open_checkpoint(path)
     length = source.length or context_window(checkpoint.config)
-    recorder = InputRecorder(load_tokenizer_for(checkpoint), windows=source.windows, length=length, seed=seed)
+    tokenizer = load_tokenizer_for(checkpoint)
+    recorder = InputRecorder(tokenizer, windows=source.windows or DEFAULT_WINDOWS, length=length, seed=seed)
     if source.dataset:
         recorded = recorder.record_dataset(source.dataset, column=source.column)
     elif source.tasks:
         recorded = recorder.record_tasks([name.strip() for name in source.tasks.split(",") if name.strip()])
     else:
-        text = resolve_text(source.text, split="train")
-        progress.note(f"calibration text: {text.name}")
-        recorded = recorder.record_text(text)
+        recorded = record_text(tokenizer, source.text, source.windows, length, seed, progress=progress)
     recorded.save(out, force=force)
     return recorded
 

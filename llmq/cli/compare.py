@@ -58,7 +58,7 @@ def compare(
     skip_unfit: o.SkipUnfit = False,
     lm_head: o.LmHead = False,
     calibration: o.Calibration = None,
-    calibration_windows: o.CalibrationWindows = 128,
+    calibration_windows: o.CalibrationWindows = None,
     calibration_length: o.CalibrationLength = None,
     text: o.Text = None,
     protocol: o.ProtocolName = "windows",
@@ -120,5 +120,5 @@ def demo(
 
     bundled = Path(str(llmq.__file__)).parent / "assets" / "wt2-8m"
     render.demo_opening(bundled)
-    compare(str(bundled), schemes=schemes, limit=limit, calibration_windows=64, repeats=3, threads=threads, record=record)
+    compare(str(bundled), schemes=schemes, limit=limit, calibration_windows=48, repeats=3, threads=threads, record=record)
     render.demo_closing(bundled)

@@ -52,7 +52,7 @@ def perplexity(
     skip_unfit: o.SkipUnfit = False,
     lm_head: o.LmHead = False,
     calibration: o.Calibration = None,
-    calibration_windows: o.CalibrationWindows = 128,
+    calibration_windows: o.CalibrationWindows = None,
     calibration_length: o.CalibrationLength = None,
     dtype: o.Dtype = "bf16",
     device: o.Device = "cpu",
@@ -118,7 +118,7 @@ def tasks(
     from llmq.api.evaluating import TaskRequest, evaluate_on_tasks
     from llmq.cli import render
 
-    recipe = o.recipe(scheme, option, skip, o.calibration_source(calibration, 128, None), skip_unfit=skip_unfit, lm_head=lm_head)
+    recipe = o.recipe(scheme, option, skip, o.calibration_source(calibration, None, None), skip_unfit=skip_unfit, lm_head=lm_head)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with render.reporting(quiet=json) as progress:
         records = evaluate_on_tasks(

@@ -72,7 +72,13 @@ Calibration = Annotated[
     ),
 ]
 CalibrationWindows = Annotated[
-    int, typer.Option("--calibration-windows", min=1, help="Token windows to record.", rich_help_panel=CALIBRATING)
+    int | None,
+    typer.Option(
+        "--calibration-windows",
+        min=1,
+        help="Token windows to record; default: 128, or all that the text has.",
+        rich_help_panel=CALIBRATING,
+    ),
 ]
 CalibrationLength = Annotated[
     int | None,
@@ -157,7 +163,7 @@ def recipe(
     return Recipe(scheme, key_values(pairs), tuple(skip or ()), skip_unfit, lm_head, calibration)
 
 
-def calibration_source(source: str | None, windows: int, length: int | None) -> CalibrationSource:
+def calibration_source(source: str | None, windows: int | None, length: int | None) -> CalibrationSource:
     """Gather the options of the panel 'Calibration'."""
     from llmq.api.loading import CalibrationSource
 

@@ -30,7 +30,7 @@ def quantize(
     skip_unfit: o.SkipUnfit = False,
     lm_head: o.LmHead = False,
     calibration: o.Calibration = None,
-    calibration_windows: o.CalibrationWindows = 128,
+    calibration_windows: o.CalibrationWindows = None,
     calibration_length: o.CalibrationLength = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan without reading any weight.", rich_help_panel=o.OUTPUT)
@@ -85,7 +85,7 @@ def calibrate(
         typer.Option("--tasks", metavar="A,B,…", help="Record the prompts of lm-eval tasks.", rich_help_panel=o.CALIBRATING),
     ] = None,
     column: Annotated[str, typer.Option("--column", help="The dataset's text column.", rich_help_panel=o.CALIBRATING)] = "text",
-    windows: o.CalibrationWindows = 128,
+    windows: o.CalibrationWindows = None,
     length: o.CalibrationLength = None,
     seed: o.Seed = 0,
     force: o.Force = False,
@@ -122,7 +122,7 @@ def generate(
     from llmq.api.generating import complete
     from llmq.cli import render
 
-    source = o.calibration_source(None, 128, None)
+    source = o.calibration_source(None, None, None)
     recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head)
     with render.reporting() as progress:
         pieces = complete(

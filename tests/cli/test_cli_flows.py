@@ -141,12 +141,14 @@ def test_compare_prints_the_table_and_orders_the_schemes(
     assert markdown.count("\n| ") >= 7
 
 
+@pytest.mark.slow
 def test_calibration_that_overlaps_the_evaluation_is_said(wt2_8m: Path, evaluation_text: Path) -> None:
     recipe = llmq.Recipe("int4-gptq", calibration=CalibrationSource(str(evaluation_text), windows=4, length=128))
     found = llmq.evaluate(str(wt2_8m), recipe, question=llmq.Question(str(evaluation_text), window=64, limit=2))
     assert any("calibrate on another text" in note for note in found.records[0].notes)
 
 
+@pytest.mark.slow
 def test_calibrate_writes_a_set_that_quantize_takes(wt2_8m: Path, calibration_text: Path, tmp_path: Path) -> None:
     recorded = tmp_path / "windows.bin"  # the name says nothing; the content does
     arguments = ("calibrate", wt2_8m, "--text", calibration_text, "--calibration-windows", 4, "--calibration-length", 64)
