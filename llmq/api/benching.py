@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llmq.api.loading import Loaded, Recipe, Setup, open_model
+from llmq.api.loading import Recipe, Setup, open_model
 from llmq.benchmark.decode import bench_model
 from llmq.benchmark.kernels import KernelPlan, bench_kernels, shapes_of
 from llmq.benchmark.machine import Bandwidth, measured_bandwidth, measured_peak
-from llmq.benchmark.speed import BenchPlan, SpeedReport
+from llmq.benchmark.speed import BenchPlan
 from llmq.checkpoint import open_checkpoint
 from llmq.errors import UsageError
 from llmq.numerics.grid import LinearFormat
@@ -38,43 +38,6 @@ def bench_tokens(
     bandwidth = machine_bandwidth(setup, progress)
     report = bench_model(loaded.model, replace(plan, seed=setup.seed), bandwidth=bandwidth, progress=progress)
     return report.records(loaded.subject(with_tokenizer=False), loaded.setup.environment())
-
-
-def bench_interleaved(
-    models: list[Loaded], plan: BenchPlan, *, bandwidth: Bandwidth, progress: Progress = SILENT
-) -> list[SpeedReport]:
-    """Measure several models in turn, A B C A B C …, so that a drift of the machine's speed meets all of them alike.
-
-    Returns:
-        One report a model, whose samples are those of all rounds.
-    """
-    once = replace(plan, repeats=1)
-    rounds: list[list[SpeedReport]] = []
-    with progress.task("measuring speed", plan.repeats * len(models)) as advance:
-        for _ in range(plan.repeats):
-            reports = []
-            for loaded in models:
-                reports.append(bench_model(loaded.model, once, bandwidth=bandwidth))
-                advance(1)
-            rounds.append(reports)
-    return [_merged([reports[index] for reports in rounds], plan) for index in range(len(models))]
-
-
-def _merged(reports: list[SpeedReport], plan: BenchPlan) -> SpeedReport:
-    first = reports[0]
-    prefills = tuple(
-        replace(
-            result,
-            prefill_s=tuple(sample for report in reports for sample in report.prefills[index].prefill_s),
-            ttft_s=tuple(sample for report in reports for sample in report.prefills[index].ttft_s),
-        )
-        for index, result in enumerate(first.prefills)
-    )
-    decodes = tuple(
-        replace(result, tpot_s=tuple(sample for report in reports for sample in report.decodes[index].tpot_s))
-        for index, result in enumerate(first.decodes)
-    )
-    return replace(first, prefills=prefills, decodes=decodes, plan=plan)
 
 
 def machine_bandwidth(setup: Setup, progress: Progress = SILENT) -> Bandwidth:

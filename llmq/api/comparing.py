@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from llmq.api.benching import bench_interleaved, machine_bandwidth
+from llmq.api.benching import machine_bandwidth
 from llmq.api.evaluating import Question, notes_of, quality_records
 from llmq.api.loading import DTYPES, CalibrationSource, Loaded, Recipe, Setup, open_model
-from llmq.benchmark.decode import bench_model
+from llmq.benchmark.decode import bench_model, bench_models
 from llmq.benchmark.speed import BenchPlan
 from llmq.calibration.corpus import TextSource
 from llmq.errors import UsageError, suggest
@@ -138,8 +138,7 @@ def compare_schemes(request: CompareRequest, setup: Setup | None = None, *, prog
                 report = bench_model(loaded.model, plan, bandwidth=bandwidth, progress=progress)
                 records += report.records(loaded.subject(), loaded.setup.environment())
     if plan and resident:
-        assert bandwidth is not None
-        reports = bench_interleaved(models, plan, bandwidth=bandwidth, progress=progress)
+        reports = bench_models([loaded.model for loaded in models], plan, bandwidth=bandwidth, progress=progress)
         for loaded, report in zip(models, reports, strict=True):
             records += report.records(loaded.subject(), loaded.setup.environment())
     elif plan:
