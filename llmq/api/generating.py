@@ -37,9 +37,12 @@ def complete(
     tokenizer = loaded.tokenizer
     most, temperature, top_k = sampling
     prompt_tokens = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
+    # some formats (llama2.c, Meta) do not say where a text ends; their tokenizer does
+    ends = loaded.model.config.eos_token_ids or tuple(token for token in (tokenizer.eos_id,) if token is not None)
     tokens = generate(
         loaded.model,
         prompt_tokens,
+        stop=ends,
         max_new_tokens=most,
         sampling=Sampling(temperature, top_k, seed=setup.seed),
     )
