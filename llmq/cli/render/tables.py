@@ -151,9 +151,11 @@ def speed(records: list[ResultRecord]) -> None:
     console.print(
         f"  machine   {first.environment.cpu}, {first.environment.threads} threads; ± is one standard error", soft_wrap=True
     )
-    console.print(f"  kernels   {kernel_counts(records[-1])}", soft_wrap=True)
     prefill = [record for record in records if record.kind == "prefill"]
     decode = [record for record in records if record.kind == "decode"]
+    for name, found in (("prefill", prefill), ("decode", decode)):
+        for counts in dict.fromkeys(map(kernel_counts, found)):
+            console.print(f"  {name:<9} {counts}", soft_wrap=True)
     columns = ["batch", "prompt", "tokens/s", "time to first token", "GFLOP/s", "peak memory"]
     rows = [
         [
