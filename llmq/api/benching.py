@@ -8,7 +8,7 @@ import torch
 
 from llmq.api.loading import Recipe, Setup, open_model
 from llmq.benchmark.decode import bench_model
-from llmq.benchmark.kernels import KernelPlan, bench_kernels, shapes_of
+from llmq.benchmark.kernels import KernelPlan, bench_kernels, measure_int8_peak, shapes_of
 from llmq.benchmark.machine import Bandwidth, measured_bandwidth, measured_peak
 from llmq.benchmark.speed import BenchPlan
 from llmq.checkpoint import open_checkpoint
@@ -52,15 +52,17 @@ def bench_machine(setup: Setup, *, progress: Progress = SILENT) -> ResultRecord:
     """Measure the machine's walls: sequential read bandwidth and the fp32 matmul rate."""
     setup.apply()
     bandwidth = machine_bandwidth(setup, progress)
-    with progress.task("measuring the matmul peak", 1) as advance:
+    with progress.task("measuring the matmul peaks", 2) as advance:
         peak = measured_peak(setup.device, torch.get_num_threads())
+        advance(1)
+        int8_peak = measure_int8_peak(setup.device)
         advance(1)
     environment = setup.environment()
     return ResultRecord(
         kind="bandwidth",
         subject=Subject(model=environment.cpu, checkpoint_sha256="", scheme="machine"),
         protocol=Protocol(name="bandwidth", version=1, params={"method": bandwidth.method, "matmul_size": peak.size}),
-        metrics=bandwidth.metrics() | peak.metrics(),
+        metrics=bandwidth.metrics() | peak.metrics() | (int8_peak.metrics() if int8_peak else {}),
         environment=environment,
     )
 

@@ -26,6 +26,8 @@ _RESIDENT_SHARE = 0.5
 """Share of the free memory that all models together may take, for their speed to be measured in turns."""
 
 
+_BUDGET_S = 120.0
+"""A timing that would take longer ends early, after three repeats at the least: some kernels are slow on some machines."""
 _PROMPT, _NEW_TOKENS = 128, 64
 """Tokens of the benched prompt, and decoded after it, where the model's context has room for them."""
 
@@ -45,6 +47,7 @@ class SpeedQuestion:
             new_tokens=self.new_tokens or min(_NEW_TOKENS, context // 4),
             repeats=self.repeats,
             seed=seed,
+            budget_s=_BUDGET_S,
         )
         plan.check(context)
         return plan

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmq.benchmark.traffic import stored_bytes
 from llmq.numerics.grid import IntGrid
 from llmq.ops.tensor import QuantizedTensor
 
@@ -47,11 +48,6 @@ def size_of(model: torch.nn.Module) -> Size:
         matrix_bits_per_weight=8 * sum(entry[1] for entry in matrices) / elements,
         file_bits_per_weight=8 * total / parameters,
     )
-
-
-def stored_bytes(parameter: torch.Tensor) -> int:
-    """Bytes that a parameter stores: codes, scales and zero points of a quantized one."""
-    return parameter.nbytes_stored if isinstance(parameter, QuantizedTensor) else parameter.numel() * parameter.element_size()
 
 
 def is_integer(parameter: torch.Tensor) -> bool:
