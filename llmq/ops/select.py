@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from llmq.errors import KernelError
+from llmq.errors import KernelError, LlmqError
 from llmq.numerics.affine import MappingType, ZeroPointDomain, choose_qparams_affine, quantize_affine
 from llmq.numerics.grid import IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight, torch_dtype
@@ -183,7 +183,7 @@ def _self_test(name: str, format: LinearFormat, dtype: torch.dtype, device: str)
             worst = worst_element(y, exact_linear(x, weight, bias, replace(case, device="cpu")))
             if worst:
                 return unsupported(f"its start-up test failed: {worst}")
-    except RuntimeError as error:
+    except (RuntimeError, LlmqError) as error:
         return unsupported(f"its start-up test raised {type(error).__name__}: {str(error).splitlines()[0]}")
     return SUPPORTED
 

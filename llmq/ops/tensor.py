@@ -29,6 +29,7 @@ from llmq.ops.schema import CANONICAL, Case, Kernel, canonical_weight
 from llmq.ops.table import REFERENCE, describe_rows, kernel_named, row_ranges
 from llmq.ops.usage import current_usage
 
+_REAL = (Tensor, torch.nn.Parameter)
 _PARTS = ("part0", "part1", "part2")
 
 _LIBRARY = torch.library.Library("llmq", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -250,8 +251,8 @@ def multiply(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> 
     kernel = weight.pick(flat.shape[0])
     y = kernel.linear(flat, weight.stored, bias, case)
     usage = current_usage()
-    if usage is not None:
-        usage.add(kernel.name, id(weight))
+    if usage is not None and type(x) in _REAL:  # tracing a graph is not running it
+        usage.add(kernel.name, id(weight.stored[0]))
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], case.n)
 
 
