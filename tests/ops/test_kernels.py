@@ -48,10 +48,16 @@ OWN_SUMS = [pair for pair in BFLOAT16 if pair[0] not in DENSE]
 
 
 def over(pairs):
-    """Run a test for (kernel, format, dtype) triples."""
-    ids = [f"{kernel}-{name}-{str(dtype).removeprefix('torch.')}" for kernel, name, dtype in pairs]
-    resolved = [(UNDER_TEST[kernel], FORMATS[name], dtype) for kernel, name, dtype in pairs]
-    return pytest.mark.parametrize("pair", resolved, ids=ids)
+    """Run a test for (kernel, format, dtype) triples; fp16, which takes no path of its own, among the slow ones."""
+    parameters = [
+        pytest.param(
+            (UNDER_TEST[kernel], FORMATS[name], dtype),
+            id=f"{kernel}-{name}-{str(dtype).removeprefix('torch.')}",
+            marks=pytest.mark.slow if dtype == torch.float16 else (),
+        )
+        for kernel, name, dtype in pairs
+    ]
+    return pytest.mark.parametrize("pair", parameters)
 
 
 def shapes(kernel: Kernel, format_, dtype):
