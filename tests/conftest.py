@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+# Two OpenMP threads that spin for each other on a busy machine make a test of tiny models a hundred times slower.
+# It has to be said before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
+import torch
 
 REPO = Path(__file__).parent.parent
 
@@ -20,6 +26,14 @@ def _beside(variable: str, *default: str) -> Path | None:
 WIKITEXT = _beside("LLMQ_WIKITEXT_DIR", "shared", "data", "wikitext-2")
 MODELS = _beside("LLMQ_TEST_MODELS", "shared", "models")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a mistake: let it fail at once
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models run on one thread, unless a test asks for more; see above."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cli_runs import run_llmq
 
 SAMPLE = Path(__file__).parent.parent.parent / "llmq" / "assets" / "sample"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_core() -> Iterator[None]:
+    """`llmq` uses all cores unless told; here it finds one, as the other tests do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.sched_getaffinity", lambda _: {0})
+        yield
 
 
 @pytest.fixture(scope="session")
