@@ -22,7 +22,7 @@ MODEL = REPO / "llmq" / "assets" / "wt2-8m"
 
 
 def main(
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N windows.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Windows of the text, from its start.")] = 400,
     groups: Annotated[str, typer.Option("--groups", metavar="A,B,…", help="Group sizes.")] = "32,128",
     out: Annotated[Path, typer.Option("--out", help="Folder of the records.")] = BASELINES,
 ) -> None:

@@ -79,7 +79,7 @@ def _root(
 ) -> None:
     """Which quantization of a Llama checkpoint to ship, and what it costs.
 
-    Start with [bold]llmq demo[/bold], then [bold]llmq compare MODEL[/bold].
+    Start with `llmq demo`, then `llmq compare MODEL`.
     """
 
 
