@@ -75,15 +75,8 @@ class IntGrid:
         """Return why a weight [n, k] does not fit, naming group sizes that would, or None when it fits."""
         if self.group_size is None or k % self.group_size == 0:
             return None
-        fits = [size for size in GROUP_SIZES if k % size == 0]
-        others = [size for size in range(8, min(k, 1024) + 1) if k % size == 0]
-        if fits:
-            advice = f"group sizes that fit: {', '.join(map(str, fits))}"
-        elif others:
-            nearest = sorted(others, key=lambda size: abs(size - (self.group_size or 0)))[:3]
-            advice = f"none of {', '.join(map(str, GROUP_SIZES))} fits; nearest divisors: {', '.join(map(str, sorted(nearest)))}"
-        else:
-            advice = "no group size fits"
+        fits = [str(size) for size in GROUP_SIZES if k % size == 0]
+        advice = f"group sizes that fit: {', '.join(fits)}" if fits else f"none of {', '.join(map(str, GROUP_SIZES))} fits"
         return f"{k} inputs cannot be cut into groups of {self.group_size} ({advice})"
 
     def check(self, n: int, k: int, fqn: str = "weight") -> None:
