@@ -1,0 +1,1 @@
+"""What the stored numbers mean: grids, affine quantization, packing, the quantized weight."""
