@@ -32,3 +32,19 @@ class Silent:
 
 
 SILENT = Silent()
+
+
+class Named:
+    """A listener that says what each task is for: 'int4: perplexity'."""
+
+    def __init__(self, name: str, progress: Progress) -> None:
+        self._name = name
+        self._progress = progress
+
+    def task(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """See `Progress.task`."""
+        return self._progress.task(f"{self._name}: {description}", total)
+
+    def note(self, message: str) -> None:
+        """See `Progress.note`."""
+        self._progress.note(f"{self._name}: {message}")

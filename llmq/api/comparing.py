@@ -17,7 +17,7 @@ from llmq.errors import UsageError, suggest
 from llmq.evaluation.divergence import evaluate_candidate
 from llmq.evaluation.reference import ReferenceLogits
 from llmq.ops.usage import record_usage
-from llmq.progress import SILENT, Progress
+from llmq.progress import SILENT, Named, Progress
 from llmq.results.record import ResultRecord
 from llmq.results.table import Table, comparison_table
 from llmq.schemes.registry import get_scheme
@@ -119,7 +119,7 @@ def compare_schemes(request: CompareRequest, setup: Setup | None = None, *, prog
     if request.reference not in DTYPES:
         raise UsageError(f"unknown reference {request.reference!r}.{suggest(request.reference, list(DTYPES))}")
     text = request.question.read()
-    progress.note(f"evaluation text: {text.name}")
+    progress.note(f"evaluation text: {text.name}, {text.origin}")
     reference = open_model(request.model, Recipe(request.reference), setup, progress=progress)
     context = reference.model.config.max_position_embeddings
     protocol = request.question.resolve(context)
@@ -131,14 +131,13 @@ def compare_schemes(request: CompareRequest, setup: Setup | None = None, *, prog
     with ReferenceLogits(reference.model, reference.tokenizer, text, protocol) as logits:
         logits.perplexity(progress=progress)
         for recipe in recipes:
-            loaded = (
-                reference if recipe.scheme == request.reference else open_model(request.model, recipe, setup, progress=progress)
-            )
-            records += measure_quality(loaded, (reference, logits), text, progress)
+            told = Named(recipe.scheme, progress)
+            loaded = reference if recipe.scheme == request.reference else open_model(request.model, recipe, setup, progress=told)
+            records += measure_quality(loaded, (reference, logits), text, told)
             if plan and resident:
                 models.append(loaded)
             elif plan:
-                report = bench_model(loaded.model, plan, bandwidth=bandwidth, progress=progress)
+                report = bench_model(loaded.model, plan, bandwidth=bandwidth, progress=told)
                 records += report.records(loaded.subject(), loaded.setup.environment())
     if plan and resident:
         reports = bench_models([loaded.model for loaded in models], plan, bandwidth=bandwidth, progress=progress)
