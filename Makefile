@@ -41,7 +41,7 @@ docs: $(VENV)/.dev  ## Regenerate docs/cli.md and the tables made from records
 	@$(BIN)/python scripts/docs.py
 
 .PHONY: results
-results: $(VENV)/.dev  ## Measure the README's tables anew (about half an hour on two cores), then regenerate them
+results: $(VENV)/.dev  ## Measure the README's tables anew (about ten minutes on two cores), then regenerate them
 	@$(BIN)/python scripts/measure_results.py && $(BIN)/python scripts/docs.py
 
 .PHONY: clean

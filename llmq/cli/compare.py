@@ -114,7 +114,7 @@ def demo(
     threads: o.Threads = None,
     record: o.RecordFile = None,
 ) -> None:
-    """Compare the schemes on the bundled 8 M parameter Llama: about two minutes on two cores."""
+    """Compare the schemes on the bundled 8 M parameter Llama: about a minute on two cores."""
     import llmq
     from llmq.cli import render
 
