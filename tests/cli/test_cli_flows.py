@@ -199,6 +199,28 @@ def test_bench_tokens_per_second(int4_artefact: Path) -> None:
     assert "256" in too_long.output
 
 
+def test_eval_tasks_runs_a_local_task(wt2_8m: Path, tmp_path: Path) -> None:
+    rows = [{"q": "The ship was", "c": ["built", "zqxj"], "a": 0}, {"q": "The king was", "c": ["xqzvk", "the"], "a": 1}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    definition = {
+        "task": "llmq_cli_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{c}}",
+        "doc_to_target": "a",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1},
+    }
+    (tmp_path / "choice.yaml").write_text(json.dumps(definition))  # JSON is YAML
+    arguments = ("eval", "tasks", wt2_8m, "--tasks", "llmq_cli_choice", "--include-path", tmp_path)
+    record = records_of(run_llmq(*arguments, "--json"))[0]
+    assert (record["kind"], record["protocol"]["params"]["n_documents"]) == ("tasks", 2)
+    assert record["metrics"]["acc"]["value"] == 1.0  # words against letters in no order
+
+
 def test_bench_kernels_and_bandwidth() -> None:
     found = records_of(run_llmq("bench", "kernels", "--shapes", "64x128", "--rows", "1,3", "--only", "bf16,int4", "--json"))
     assert {record["protocol"]["params"]["rows"] for record in found} == {1, 3}
