@@ -87,7 +87,7 @@ class Attention(nn.Module):
             k = k.to(x.dtype)
         else:
             context.cache.write(self.layer, k, v, context.where)
-            k, v = context.cache.keys[self.layer][:, :, sight.keys], context.cache.values[self.layer][:, :, sight.keys]
+            k, v = context.cache.read(self.layer, sight.keys, x.dtype)
         q = q.to(k.dtype)
         if T == 1:
             # The heads that share keys become the rows of one small query matrix, so that each key is read once, and not
@@ -232,20 +232,21 @@ class Llama(nn.Module):
             positions = torch.arange(T, device=h.device)
             cosines, sines = rotation_table(self.frequencies.to(h.device), positions)
             return self._context(cosines, sines, cache, slice(0, T), h.dtype)
+        dtype = cache.attention_dtype(h.dtype)
         if cache.batch_size != B:
             raise UsageError(f"the KV cache is for {cache.batch_size} sequences, got {B}; make one of that batch size.")
         if isinstance(start, Tensor):
             if start.numel() != 1:
                 raise UsageError(f"start must be one position for the whole batch, got a tensor of shape {tuple(start.shape)}.")
             positions = start + torch.arange(T, device=h.device)  # [T], from [] or [1]
-            return self._context(cache.cosines[positions], cache.sines[positions], cache, positions, cache.dtype)
+            return self._context(cache.cosines[positions], cache.sines[positions], cache, positions, dtype)
         if start < 0 or start + T > cache.max_length:
             raise UsageError(
                 f"{T} tokens at position {start} do not fit into a KV cache of {cache.max_length} tokens; make it at least "
                 f"{start + T} long (the model's context allows {self.config.max_position_embeddings})."
             )
         where = slice(start, start + T)
-        return self._context(cache.cosines[where], cache.sines[where], cache, where, cache.dtype)
+        return self._context(cache.cosines[where], cache.sines[where], cache, where, dtype)
 
     def _context(
         self, cosines: Tensor, sines: Tensor, cache: KVCache | None, where: slice | Tensor, dtype: torch.dtype
