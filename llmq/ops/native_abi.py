@@ -1,0 +1,38 @@
+"""The structs of `kernels/cpu/llmq_cpu.h` as ctypes sees them, and the numbers that go into them.
+
+Fields, their order and their types are the header's; a test reads the header and compares. A struct holds addresses only: whoever
+fills one keeps the tensors alive for as long as native code may read it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+WEIGHT_INT8, WEIGHT_INT4, WEIGHT_BF16, WEIGHT_F32 = 1, 2, 3, 4
+"""LLMQ_WEIGHT_*."""
+ZERO_NONE, ZERO_INT, ZERO_FLOAT = 0, 1, 2
+"""LLMQ_ZERO_*."""
+SCALE_NONE, SCALE_F32, SCALE_BF16 = 0, 1, 2
+"""LLMQ_SCALE_*."""
+ACTIVATION_FLOAT, ACTIVATION_INT8, ACTIVATION_UINT8 = 0, 1, 2
+"""LLMQ_ACTIVATION_*."""
+DTYPE_F32, DTYPE_BF16 = 0, 1
+"""LLMQ_DTYPE_*."""
+
+
+class LlmqLinear(ctypes.Structure):
+    """One linear, y = x W^T + bias; see the header's section `linear`."""
+
+    _fields_ = (
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("weight", ctypes.c_int32),
+        ("zero", ctypes.c_int32),
+        ("scale", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("reserved", ctypes.c_int32),
+        ("packed", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
