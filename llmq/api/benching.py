@@ -36,7 +36,8 @@ def bench_tokens(
     loaded = open_model(path, recipe, setup, progress=progress)
     plan.check(loaded.model.config.max_position_embeddings)
     bandwidth = machine_bandwidth(setup, progress)
-    report = bench_model(loaded.model, replace(plan, seed=setup.seed), bandwidth=bandwidth, progress=progress)
+    plan = replace(plan, seed=setup.seed)
+    report = bench_model(loaded.model, plan, kv_dtype=loaded.kv_dtype, bandwidth=bandwidth, progress=progress)
     return report.records(loaded.subject(with_tokenizer=False), loaded.setup.environment())
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import psutil
 
 from llmq.api.benching import machine_bandwidth
-from llmq.api.evaluating import Question, notes_of, quality_records
+from llmq.api.evaluating import Question, notes_of, quality_records, scored
 from llmq.api.loading import DTYPES, CalibrationSource, Loaded, Recipe, Setup, open_model
 from llmq.benchmark.decode import bench_model, bench_models
 from llmq.benchmark.speed import BenchPlan
@@ -16,6 +16,7 @@ from llmq.calibration.corpus import TextSource
 from llmq.errors import UsageError, suggest
 from llmq.evaluation.divergence import evaluate_candidate
 from llmq.evaluation.reference import ReferenceLogits
+from llmq.model.kv_cache import AUTO, kv_dtype
 from llmq.ops.usage import record_usage
 from llmq.progress import SILENT, Named, Progress
 from llmq.results.record import ResultRecord
@@ -67,6 +68,8 @@ class CompareRequest:
     question: Question = field(default_factory=Question)
     reference: str = "bf16"
     bench: SpeedQuestion | None = field(default_factory=SpeedQuestion)
+    kv_caches: tuple[str, ...] | None = None
+    """KV caches that every scheme is measured with; None: that of the setup."""
 
     def recipes(self) -> list[Recipe]:
         """One recipe a scheme; raises UsageError for a name or an option that no scheme has."""
@@ -86,6 +89,17 @@ class CompareRequest:
         for recipe in found:
             recipe.resolve()
         return found
+
+    def caches(self, setup: Setup) -> tuple[str, ...]:
+        """The KV caches by name; raises UsageError for one that does not exist or is named twice."""
+        names = (setup.kv_cache,) if self.kv_caches is None else self.kv_caches
+        if not names:
+            raise UsageError(f"no KV cache is named; name at least one with --kv-cache, such as {AUTO},int8.")
+        for name in names:
+            kv_dtype(name, setup.torch_dtype)
+            if names.count(name) > 1:
+                raise UsageError(f"KV cache {name} is named twice; name each once.")
+        return names
 
     def options_of(self, name: str) -> dict[str, str]:
         """The options for one scheme: those for every scheme that has them, then its own (`scheme:key`)."""
@@ -108,14 +122,15 @@ class Comparison:
 def compare_schemes(request: CompareRequest, setup: Setup | None = None, *, progress: Progress = SILENT) -> Comparison:
     """Apply each scheme to the checkpoint and measure what it costs and what it buys.
 
-    Quality is measured against the baseline `request.reference` on the same tokens; speed in turns, A B C A B C …, where all
-    models fit into memory together.
+    Quality is measured against the baseline `request.reference`, with a KV cache in its own dtype, on the same tokens; speed in
+    turns, A B C A B C …, where all models fit into memory together.
 
     Raises:
         LlmqError: see `open_model`; names, options and text are checked before anything is loaded.
     """
     setup = setup or Setup()
-    recipes = request.recipes()
+    recipes, caches = request.recipes(), request.caches(setup)
+    setup = replace(setup, kv_cache=AUTO)
     if request.reference not in DTYPES:
         raise UsageError(f"unknown reference {request.reference!r}.{suggest(request.reference, list(DTYPES))}")
     text = request.question.read()
@@ -132,15 +147,19 @@ def compare_schemes(request: CompareRequest, setup: Setup | None = None, *, prog
         logits.perplexity(progress=progress)
         for recipe in recipes:
             told = Named(recipe.scheme, progress)
-            loaded = reference if recipe.scheme == request.reference else open_model(request.model, recipe, setup, progress=told)
-            records += measure_quality(loaded, (reference, logits), text, told)
-            if plan and resident:
-                models.append(loaded)
-            elif plan:
-                report = bench_model(loaded.model, plan, bandwidth=bandwidth, progress=told)
-                records += report.records(loaded.subject(), loaded.setup.environment())
+            opened = reference if recipe.scheme == request.reference else open_model(request.model, recipe, setup, progress=told)
+            # two names of one cache, such as auto and bf16, are one measurement
+            for loaded in {other.kv_dtype: other for other in map(opened.with_kv_cache, caches)}.values():
+                records += measure_quality(loaded, (reference, logits), text, told)
+                if plan and resident:
+                    models.append(loaded)
+                elif plan:
+                    report = bench_model(loaded.model, plan, kv_dtype=loaded.kv_dtype, bandwidth=bandwidth, progress=told)
+                    records += report.records(loaded.subject(), loaded.setup.environment())
     if plan and resident:
-        reports = bench_models([loaded.model for loaded in models], plan, bandwidth=bandwidth, progress=progress)
+        kv_dtypes = [loaded.kv_dtype for loaded in models]
+        turns = [loaded.model for loaded in models]
+        reports = bench_models(turns, plan, kv_dtypes=kv_dtypes, bandwidth=bandwidth, progress=progress)
         for loaded, report in zip(models, reports, strict=True):
             records += report.records(loaded.subject(), loaded.setup.environment())
     elif plan:
@@ -154,7 +173,9 @@ def measure_quality(
     """Perplexity and divergence of one candidate from the reference and its logits, from one pass."""
     other, logits = reference
     with record_usage() as usage:
-        both = evaluate_candidate(loaded.model, loaded.tokenizer, text, logits.plan.protocol, reference=logits, progress=progress)
+        both = evaluate_candidate(
+            scored(loaded), loaded.tokenizer, text, logits.plan.protocol, reference=logits, progress=progress
+        )
     return quality_records(loaded, both.perplexity, (both.divergence, other), usage.linears(), notes_of(loaded, text))
 
 

@@ -15,7 +15,10 @@ from llmq.evaluation.losses import PairedDifference, load_losses, paired_differe
 from llmq.evaluation.perplexity import PerplexityResult, evaluate_perplexity
 from llmq.evaluation.protocols import PerplexityProtocol, resolve_protocol
 from llmq.evaluation.reference import ReferenceLogits
+from llmq.evaluation.scoring import LanguageModel
+from llmq.evaluation.through_cache import scored_with
 from llmq.files import check_absent
+from llmq.model.kv_cache import AUTO, kv_name
 from llmq.ops.usage import record_usage
 from llmq.progress import SILENT, Progress
 from llmq.results.record import Protocol, ResultRecord
@@ -76,7 +79,7 @@ def evaluate_model(
         recipe: a scheme to apply first; None: the checkpoint as it is.
         setup: where and how it runs.
         question: text and protocol.
-        reference: another checkpoint, run in the same dtype on the same tokens.
+        reference: another checkpoint, run in the same dtype on the same tokens, with a KV cache in its own dtype.
         files: losses to write, and to compare with.
         progress: is told how far it is.
     """
@@ -89,10 +92,10 @@ def evaluate_model(
     protocol = question.resolve(loaded.model.config.max_position_embeddings)
     if reference is None:
         with record_usage() as usage:
-            perplexity = evaluate_perplexity(loaded.model, loaded.tokenizer, text, protocol, progress=progress)
+            perplexity = evaluate_perplexity(scored(loaded), loaded.tokenizer, text, protocol, progress=progress)
         against = None
     else:
-        other = open_model(reference, None, setup, progress=progress)
+        other = open_model(reference, None, replace(setup, kv_cache=AUTO), progress=progress)
         if other.model.config.vocab_size != loaded.model.config.vocab_size:
             raise UsageError(
                 f"{path} and the reference {reference} have vocabularies of {loaded.model.config.vocab_size} and "
@@ -102,14 +105,20 @@ def evaluate_model(
             ReferenceLogits(other.model, other.tokenizer, text, protocol, budget_bytes=0) as logits,
             record_usage() as usage,
         ):
-            both = evaluate_candidate(loaded.model, loaded.tokenizer, text, protocol, reference=logits, progress=progress)
+            both = evaluate_candidate(scored(loaded), loaded.tokenizer, text, protocol, reference=logits, progress=progress)
         perplexity, against = both.perplexity, (both.divergence, other)
     notes = notes_of(loaded, text)
     records = quality_records(loaded, perplexity, against, usage.linears(), notes)
     if files.losses:
-        save_losses(replace(perplexity.losses, subject=f"{loaded.name} {loaded.scheme}"), files.losses, force=files.force)
+        subject = f"{loaded.name} {loaded.scheme}, KV cache {kv_name(loaded.kv_dtype)}"
+        save_losses(replace(perplexity.losses, subject=subject), files.losses, force=files.force)
     versus = paired_difference(earlier, perplexity.losses) if earlier else None
     return Evaluation(records, perplexity, against[0] if against else None, versus, notes)
+
+
+def scored(loaded: Loaded) -> LanguageModel:
+    """The model as its quality is measured: behind its KV cache."""
+    return scored_with(loaded.model, loaded.kv_dtype)
 
 
 def quality_records(
@@ -182,7 +191,7 @@ def evaluate_on_tasks(
 ) -> list[ResultRecord]:
     """Run lm-eval tasks on a checkpoint; one record a task."""
     loaded = open_model(path, recipe, setup, progress=progress)
-    options = TaskOptions(request.limit, request.num_fewshot, request.include_path, None, setup.seed)
+    options = TaskOptions(request.limit, request.num_fewshot, request.include_path, None, setup.seed, loaded.kv_dtype)
     with record_usage() as usage:
         results = run_tasks(
             loaded.model,

@@ -45,6 +45,7 @@ def complete(
         stop=ends,
         max_new_tokens=most,
         sampling=Sampling(temperature, top_k, seed=setup.seed),
+        kv_dtype=loaded.kv_dtype,
     )
 
     def pieces() -> Iterator[str]:

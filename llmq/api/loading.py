@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -21,13 +22,14 @@ from llmq.checkpoint import Checkpoint, load_model, load_tokenizer_for, open_che
 from llmq.checkpoint.sniff import Kind, sniff
 from llmq.errors import UsageError, suggest
 from llmq.model.config import LlamaConfig
+from llmq.model.kv_cache import AUTO, kv_bytes_per_token, kv_dtype, kv_name
 from llmq.model.llama import Llama
 from llmq.model.tokenizer import Tokenizer
 from llmq.ops.select import KernelChoice, prepare
 from llmq.progress import SILENT, Progress
 from llmq.results.coverage import Coverage
 from llmq.results.environment import capture
-from llmq.results.record import Environment, Subject
+from llmq.results.record import Cache, Environment, Subject
 from llmq.schemes.apply import quantize_
 from llmq.schemes.registry import ResolvedScheme, resolve
 
@@ -42,13 +44,18 @@ MAX_DEFAULT_WINDOW = 2048
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Where and how a model runs. `dtype` is one of `DTYPES`; `kernel` None lets `ops.select` choose."""
+    """Where and how a model runs.
+
+    `dtype` is one of `DTYPES`; `kernel` None lets `ops.select` choose; `kv_cache` is `AUTO`, the model's own dtype, or one of
+    `KV_DTYPES`.
+    """
 
     device: str = "cpu"
     dtype: str = "bf16"
     threads: int | None = None
     kernel: str | None = None
     seed: int = 0
+    kv_cache: str = AUTO
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -58,8 +65,8 @@ class Setup:
         return DTYPES[self.dtype]
 
     def apply(self) -> None:
-        """Set torch's thread count and seed; check the device and the dtype."""
-        self.torch_dtype  # noqa: B018 - refuses an unknown one before anything is loaded
+        """Set torch's thread count and seed; check the device and the dtypes."""
+        kv_dtype(self.kv_cache, self.torch_dtype)  # refuses unknown ones before anything is loaded
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"unknown device {self.device!r}; allowed are cpu and cuda.")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -149,8 +156,25 @@ class Loaded:
         manifest = self.checkpoint.manifest
         return dict(manifest.options) if manifest else {}
 
-    def subject(self, *, with_tokenizer: bool = True) -> Subject:
-        """What a result record says of the model."""
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """The dtype of the model's KV cache."""
+        return kv_dtype(self.setup.kv_cache, self.model.dtype)
+
+    def with_kv_cache(self, name: str) -> Loaded:
+        """The same model, with nothing copied, to be run with another KV cache."""
+        other = copy(self)
+        other.setup = replace(self.setup, kv_cache=name)
+        return other
+
+    def subject(self, *, with_tokenizer: bool = True, with_cache: bool = True) -> Subject:
+        """What a result record says of the model; the KV cache is left out where no token is computed."""
+        config = self.model.config
+        cache = Cache(
+            dtype=kv_name(self.kv_dtype),
+            bytes_per_token=kv_bytes_per_token(config, self.kv_dtype),
+            context_tokens=config.max_position_embeddings,
+        )
         return Subject(
             model=self.name,
             checkpoint_sha256=self.checkpoint.sha256,
@@ -160,6 +184,7 @@ class Loaded:
             bits_per_weight=self.size.matrix_bits_per_weight,
             file_bits_per_weight=self.size.file_bits_per_weight,
             size_bytes=self.size.bytes,
+            kv_cache=cache if with_cache else None,
         )
 
 

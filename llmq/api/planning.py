@@ -10,6 +10,7 @@ import torch
 from llmq.api.loading import DEFAULT_WINDOWS, Recipe, Setup, context_window, explain_head, linear_fqns
 from llmq.checkpoint import open_checkpoint
 from llmq.errors import UsageError
+from llmq.model.kv_cache import kv_bytes_per_token, kv_name
 from llmq.model.llama import Llama
 from llmq.results.coverage import Coverage
 from llmq.schemes.apply import plan
@@ -27,10 +28,13 @@ class Plan:
     peak_bytes: int
     peak_parts: dict[str, int]
     """What `peak_bytes` is the sum of."""
+    context_tokens: int
+    kv_bytes_per_token: dict[str, int]
+    """What a token of a sequence takes in a KV cache of the compute dtype, and of int8, by the cache's name."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        own = ("model", "scheme", "options", "source_bytes", "peak_bytes", "peak_parts")
+        own = ("model", "scheme", "options", "source_bytes", "peak_bytes", "peak_parts", "context_tokens", "kv_bytes_per_token")
         totals = {"total_bytes": self.coverage.nbytes, "bits_per_weight": self.coverage.bits_per_weight}
         return {name: getattr(self, name) for name in own} | totals | {"weights": self.coverage.to_json()["rows"]}
 
@@ -70,4 +74,6 @@ def plan_quantization(path: str, recipe: Recipe, setup: Setup) -> Plan:
         source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         peak_bytes=sum(parts.values()),
         peak_parts=parts,
+        context_tokens=checkpoint.config.max_position_embeddings,
+        kv_bytes_per_token={kv_name(each): kv_bytes_per_token(checkpoint.config, each) for each in (dtype, torch.int8)},
     )

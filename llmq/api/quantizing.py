@@ -119,7 +119,7 @@ def _record(loaded: Loaded) -> ResultRecord:
         metrics["median_loss_over_rtn"] = Metric(value=ratios[len(ratios) // 2], unit="1")
     return ResultRecord(
         kind="quantize",
-        subject=loaded.subject(),
+        subject=loaded.subject(with_cache=False),
         protocol=Protocol(name="quantize", version=1, params={"seed": loaded.setup.seed, "threads": torch.get_num_threads()}),
         metrics=metrics,
         environment=loaded.setup.environment(),

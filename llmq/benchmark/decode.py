@@ -48,6 +48,7 @@ def bench_model(
     model: Llama,
     plan: BenchPlan,
     *,
+    kv_dtype: torch.dtype | None = None,
     threads: int | None = None,
     bandwidth: Bandwidth | None = None,
     progress: Progress = SILENT,
@@ -57,6 +58,7 @@ def bench_model(
     Args:
         model: in its dtype, on its device, its kernels chosen.
         plan: what to run.
+        kv_dtype: of the KV cache; None: the model's.
         threads: CPU threads (None: as many as torch uses now); restored afterwards.
         bandwidth: what the machine can read, from `machine.measured_bandwidth` of the same device and threads; None: shares of
             it are not reported.
@@ -66,13 +68,14 @@ def bench_model(
         UsageError: a prompt or context does not fit into the model's context.
         KernelError: `plan.compile`, and torch.compile fails.
     """
-    return bench_models([model], plan, threads=threads, bandwidth=bandwidth, progress=progress)[0]
+    return bench_models([model], plan, kv_dtypes=[kv_dtype], threads=threads, bandwidth=bandwidth, progress=progress)[0]
 
 
 def bench_models(
     models: Sequence[Llama],
     plan: BenchPlan,
     *,
+    kv_dtypes: Sequence[torch.dtype | None] | None = None,
     threads: int | None = None,
     bandwidth: Bandwidth | None = None,
     progress: Progress = SILENT,
@@ -80,16 +83,21 @@ def bench_models(
     """Measure several models in the same rounds, A B C A B C …, so that a drift of the machine's speed meets all alike.
 
     One turn of a model is a whole prefill, or a whole run of `new_tokens` steps. Arguments and errors are those of
-    `bench_model`. Compiled models are measured one after the other, because torch keeps few graphs of one function.
+    `bench_model`, with a dtype of the KV cache for each model; the same model may come twice, with different caches. Compiled
+    models are measured one after the other, because torch keeps few graphs of one function.
 
     Returns:
         One report a model, in their order. Peak memory is that of all models together, and the reports say so.
     """
+    caches = kv_dtypes or [None] * len(models)
     for model in models:
         plan.check(model.config.max_position_embeddings)
     if plan.compile and len(models) > 1:
-        return [bench_model(model, plan, threads=threads, bandwidth=bandwidth, progress=progress) for model in models]
-    traffics = [traffic_of_model(model) for model in models]
+        return [
+            bench_model(model, plan, kv_dtype=kv_dtype, threads=threads, bandwidth=bandwidth, progress=progress)
+            for model, kv_dtype in zip(models, caches, strict=True)
+        ]
+    traffics = [traffic_of_model(model, kv_dtype) for model, kv_dtype in zip(models, caches, strict=True)]
     prefills: list[list[PrefillResult]] = [[] for _ in models]
     decodes: list[list[DecodeResult]] = [[] for _ in models]
     lengths = plan.lengths
@@ -108,8 +116,9 @@ def bench_models(
                     for steps, step in zip(decodes, _time_decodes(cases, plan, bandwidth), strict=True):
                         steps.append(step)
                 advance(1)
+    together = len({id(model) for model in models})
     return [
-        SpeedReport(tuple(prefills[index]), tuple(decodes[index]), plan, used, model_nbytes(model), together=len(models))
+        SpeedReport(tuple(prefills[index]), tuple(decodes[index]), plan, used, model_nbytes(model), together)
         for index, model in enumerate(models)
     ]
 
@@ -124,7 +133,7 @@ class _Case:
         shape = (batch_size, length)
         self.prompt = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
         room = plan.new_tokens if length in plan.decode_contexts else 0
-        self.cache = KVCache(model.config, batch_size, length + room, model.dtype, model.device)
+        self.cache = KVCache(model.config, batch_size, length + room, traffic.kv_dtype, model.device)
         self.prefill: Prefill = prefill
         self.decode_step: DecodeStep = decode_step
         if plan.compile:

@@ -6,7 +6,8 @@ Bytes of one decode step, for B sequences of which each sees `visible` tokens (i
                   many sequences. A head tied to the embedding is one such weight, and the table is not counted again.
     vectors       norm weights and biases
     embedding     one row of the embedding table for each sequence
-    kv            keys and values of all visible tokens, for each sequence (a sliding layer reads no more than its window)
+    kv            keys and values of all visible tokens, for each sequence (a sliding layer reads no more than its window);
+                  codes and scales of an int8 cache
 
 Not counted: what is written (one key and one value a sequence and layer), activations, and rotary tables: they are three
 orders of magnitude smaller, and live in caches.
@@ -129,8 +130,8 @@ class Traffic:
         return 4 * self.config.num_heads * self.config.head_dim * seen
 
 
-def traffic_of_model(model: Llama) -> Traffic:
-    """Count a model that is there, quantized or not, prepared or not."""
+def traffic_of_model(model: Llama, kv_dtype: torch.dtype | None = None) -> Traffic:
+    """Count a model that is there, quantized or not, prepared or not; `kv_dtype` is that of its KV cache, None: the model's."""
     linears, vectors, row = [], 0, 0
     for fqn, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -140,16 +141,19 @@ def traffic_of_model(model: Llama) -> Traffic:
             row += module.embedding_dim * module.weight.dtype.itemsize
         else:
             vectors += sum(stored_bytes(parameter) for parameter in module.parameters(recurse=False))
-    return Traffic(model.config, tuple(linears), vectors, row, model.dtype)
+    return Traffic(model.config, tuple(linears), vectors, row, kv_dtype or model.dtype)
 
 
-def traffic_of_config(config: LlamaConfig, formats: Mapping[str, LinearFormat], dtype: torch.dtype) -> Traffic:
+def traffic_of_config(
+    config: LlamaConfig, formats: Mapping[str, LinearFormat], dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+) -> Traffic:
     """Count a model that is not there.
 
     Args:
         config: its shape.
         formats: format of each linear that is not stored in `dtype`, by fqn.
-        dtype: compute dtype: of the KV cache, of norms, biases and embedding, and of linears without a format.
+        dtype: compute dtype: of norms, biases and embedding, and of linears without a format.
+        kv_dtype: of the KV cache; None: `dtype`.
 
     Raises:
         UsageError: `formats` names a linear that the model does not have.
@@ -164,7 +168,7 @@ def traffic_of_config(config: LlamaConfig, formats: Mapping[str, LinearFormat], 
         for fqn, (n, k) in shapes.items()
     )
     vectors = (2 * config.num_layers + 1) * config.hidden_size + _bias_elements(config)
-    return Traffic(config, linears, vectors * dtype.itemsize, config.hidden_size * dtype.itemsize, dtype)
+    return Traffic(config, linears, vectors * dtype.itemsize, config.hidden_size * dtype.itemsize, kv_dtype or dtype)
 
 
 def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:

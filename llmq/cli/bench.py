@@ -40,6 +40,7 @@ def tokens_per_second(
     device: o.Device = "cpu",
     threads: o.Threads = None,
     kernel: o.Kernel = None,
+    kv_cache: o.KvCache = "auto",
     record: o.RecordFile = None,
     json: o.Json = False,
 ) -> None:
@@ -58,7 +59,7 @@ def tokens_per_second(
         compile=compile,
     )
     with render.reporting(quiet=json) as progress:
-        records = bench_tokens(model, recipe, o.setup(device, dtype, threads, kernel), plan, progress=progress)
+        records = bench_tokens(model, recipe, o.setup(device, dtype, threads, kernel, kv_cache=kv_cache), plan, progress=progress)
     render.save_records(records, record)
     render.records_or_json(records, json=json)
     if not json:

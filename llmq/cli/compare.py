@@ -22,6 +22,15 @@ Reference = Annotated[
     str,
     typer.Option("--reference", help="Baseline that divergence is measured against: bf16, fp16 or fp32.", rich_help_panel=o.TEXT),
 ]
+KvCaches = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache",
+        metavar="A,B,…",
+        help="KV caches to measure each scheme with: auto (the compute dtype), fp32, bf16, fp16, int8.",
+        rich_help_panel=o.RUNNING,
+    ),
+]
 Bench = Annotated[bool, typer.Option("--bench/--no-bench", help="Measure speed too.", rich_help_panel=o.RUNNING)]
 PromptLength = Annotated[
     int | None,
@@ -73,6 +82,7 @@ def compare(
     device: o.Device = "cpu",
     threads: o.Threads = None,
     kernel: o.Kernel = None,
+    kv_cache: KvCaches = "auto",
     seed: o.Seed = 0,
     record: o.RecordFile = None,
     json: o.Json = False,
@@ -89,7 +99,7 @@ def compare(
         comparison = compare_schemes(
             CompareRequest(
                 model=model,
-                schemes=[name.strip() for name in schemes.split(",") if name.strip()],
+                schemes=list(o.names(schemes)),
                 options=o.key_values(option),
                 skip=tuple(skip or ()),
                 skip_unfit=skip_unfit,
@@ -98,6 +108,7 @@ def compare(
                 question=Question(text, protocol, window, limit),
                 reference=reference,
                 bench=SpeedQuestion(prompt_length, new_tokens, repeats) if bench else None,
+                kv_caches=o.names(kv_cache),
             ),
             o.setup(device, dtype, threads, kernel, seed),
             progress=progress,

@@ -58,6 +58,7 @@ def perplexity(
     device: o.Device = "cpu",
     threads: o.Threads = None,
     kernel: o.Kernel = None,
+    kv_cache: o.KvCache = "auto",
     seed: o.Seed = 0,
     force: o.Force = False,
     record: o.RecordFile = None,
@@ -73,7 +74,7 @@ def perplexity(
         evaluation = evaluate_model(
             model,
             recipe,
-            o.setup(device, dtype, threads, kernel, seed),
+            o.setup(device, dtype, threads, kernel, seed, kv_cache=kv_cache),
             Question(text, protocol, window, limit),
             reference=reference,
             files=EvaluationFiles(losses, versus, force),
@@ -110,6 +111,7 @@ def tasks(
     device: o.Device = "cpu",
     threads: o.Threads = None,
     kernel: o.Kernel = None,
+    kv_cache: o.KvCache = "auto",
     seed: o.Seed = 0,
     record: o.RecordFile = None,
     json: o.Json = False,
@@ -124,7 +126,7 @@ def tasks(
         records = evaluate_on_tasks(
             model,
             recipe,
-            o.setup(device, dtype, threads, kernel, seed),
+            o.setup(device, dtype, threads, kernel, seed, kv_cache=kv_cache),
             TaskRequest(names, limit, num_fewshot, include_path),
             progress=progress,
         )

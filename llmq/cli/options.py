@@ -34,6 +34,15 @@ Kernel = Annotated[
         rich_help_panel=RUNNING,
     ),
 ]
+KvCache = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache",
+        metavar="auto|fp32|bf16|fp16|int8",
+        help="Dtype of the KV cache; auto is the compute dtype. Quality is measured through it too.",
+        rich_help_panel=RUNNING,
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.", rich_help_panel=RUNNING)]
 
 Scheme = Annotated[
@@ -124,6 +133,11 @@ def ints(text: str, option: str) -> list[int]:
     return values
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Parse 'bf16,int4' into names, without empty ones."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def key_values(pairs: list[str] | None) -> dict[str, str]:
     """Parse ['group_size=64'] into {'group_size': '64'}."""
     parsed: dict[str, str] = {}
@@ -137,11 +151,11 @@ def key_values(pairs: list[str] | None) -> dict[str, str]:
     return parsed
 
 
-def setup(device: str, dtype: str, threads: int | None, kernel: str | None, seed: int = 0) -> Setup:
+def setup(device: str, dtype: str, threads: int | None, kernel: str | None, seed: int = 0, *, kv_cache: str = "auto") -> Setup:
     """Gather the options of the panel 'How it runs'."""
     from llmq.api.loading import Setup
 
-    return Setup(device=device, dtype=dtype, threads=threads, kernel=kernel, seed=seed)
+    return Setup(device=device, dtype=dtype, threads=threads, kernel=kernel, seed=seed, kv_cache=kv_cache)
 
 
 def recipe(

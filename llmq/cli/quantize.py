@@ -116,6 +116,7 @@ def generate(
     device: o.Device = "cpu",
     threads: o.Threads = None,
     kernel: o.Kernel = None,
+    kv_cache: o.KvCache = "auto",
     seed: o.Seed = 0,
 ) -> None:
     """Complete a prompt."""
@@ -129,7 +130,7 @@ def generate(
             model,
             prompt,
             recipe,
-            o.setup(device, dtype, threads, kernel, seed),
+            o.setup(device, dtype, threads, kernel, seed, kv_cache=kv_cache),
             (max_new_tokens, temperature, top_k),
             progress=progress,
         )

@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llmq.calibration.corpus import hub_problem
 from llmq.errors import TextError, UsageError
 from llmq.evaluation.scoring import Batching
@@ -44,6 +46,8 @@ class TaskOptions:
     """Most tokens of a request; None: the model's context."""
     seed: int = 0
     """Of the choice of few-shot examples, and of sampled generation."""
+    kv_dtype: torch.dtype | None = None
+    """Of the KV cache; None: the model's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,15 @@ def run_tasks(
 
     from llmq.evaluation.lm_adapter import LlmqLM
 
-    lm = LlmqLM(model, tokenizer, max_length=options.max_length, batching=batching, seed=options.seed, progress=progress)
+    lm = LlmqLM(
+        model,
+        tokenizer,
+        max_length=options.max_length,
+        kv_dtype=options.kv_dtype,
+        batching=batching,
+        seed=options.seed,
+        progress=progress,
+    )
     # lm-eval prints as it goes; stdout belongs to the caller's results
     with contextlib.redirect_stdout(sys.stderr), _data_or_sentence(tasks):
         manager = _manager(tasks, options.include_path)

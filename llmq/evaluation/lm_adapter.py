@@ -20,6 +20,7 @@ from torch import Tensor
 from llmq.errors import UsageError
 from llmq.evaluation.protocols import Window, prefix_token, rolling_windows
 from llmq.evaluation.scoring import Batching, batches, head_slabs, hidden_rows, token_losses
+from llmq.evaluation.through_cache import scored_with
 from llmq.model.generate import Sampling, generate
 from llmq.model.llama import Llama
 from llmq.model.tokenizer import StreamDecoder, Tokenizer
@@ -52,6 +53,7 @@ class LlmqLM(TemplateLM):  # type: ignore[misc]
         tokenizer: Tokenizer,
         *,
         max_length: int | None = None,
+        kv_dtype: torch.dtype | None = None,
         batching: Batching | None = None,
         seed: int = 0,
         progress: Progress = SILENT,
@@ -62,6 +64,7 @@ class LlmqLM(TemplateLM):  # type: ignore[misc]
             model: the model; it is used as it is.
             tokenizer: the checkpoint's.
             max_length: most tokens of a request; None: the model's context.
+            kv_dtype: of the KV cache that requests are scored and continued through; None: the model's.
             batching: how much is computed at once.
             seed: of sampled generation; request i uses seed + i.
             progress: is told of every request.
@@ -75,6 +78,8 @@ class LlmqLM(TemplateLM):  # type: ignore[misc]
         if max_length is not None and not 2 <= max_length <= context:
             raise UsageError(f"max_length must be from 2 to the model's context of {context}, got {max_length}.")
         self.model = model
+        self.kv_dtype = kv_dtype or model.dtype
+        self.scorer = scored_with(model, self.kv_dtype)
         self.llmq_tokenizer = tokenizer
         self.max_length = max_length or context
         self.batching = batching or Batching()
@@ -167,7 +172,7 @@ class LlmqLM(TemplateLM):  # type: ignore[misc]
         self, batch: Sequence[Window], members: Sequence[Sequence[int]], windows: Sequence[Window]
     ) -> dict[int, tuple[float, bool]]:
         """Score every window of `windows` whose index is in `members`, where members[i] all read what batch[i] reads."""
-        h, _ = hidden_rows(self.model, batch)
+        h, _ = hidden_rows(self.scorer, batch)
         rows: list[Tensor] = []
         order: list[int] = []
         first = 0
@@ -179,7 +184,7 @@ class LlmqLM(TemplateLM):  # type: ignore[misc]
         targets = torch.cat([windows[index].targets for index in order]).to(h.device)
         losses: list[Tensor] = []
         greedy: list[Tensor] = []
-        for slab in head_slabs(self.model, h[torch.cat(rows).to(h.device)], targets, self.batching):
+        for slab in head_slabs(self.scorer, h[torch.cat(rows).to(h.device)], targets, self.batching):
             losses.append(token_losses(slab))
             greedy.append((slab.logits.argmax(-1) == slab.targets).cpu())
         sizes = [windows[index].targets.numel() for index in order]
@@ -216,7 +221,10 @@ class LlmqLM(TemplateLM):  # type: ignore[misc]
         """Generate until one of the stop strings appears; it is not part of the result."""
         decoder = StreamDecoder(self.llmq_tokenizer)
         text = ""
-        for token in generate(self.model, prompt, max_new_tokens=wanted.max_new_tokens, sampling=wanted.sampling):
+        tokens = generate(
+            self.model, prompt, max_new_tokens=wanted.max_new_tokens, sampling=wanted.sampling, kv_dtype=self.kv_dtype
+        )
+        for token in tokens:
             text += decoder.push(token)
             if any(stop in text for stop in wanted.until if stop):
                 break

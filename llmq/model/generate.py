@@ -96,6 +96,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     stop: Collection[int] | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Iterator[int]:
     """Continue a prompt, one token at a time.
 
@@ -105,6 +106,7 @@ def generate(
         max_new_tokens: how many tokens at most.
         sampling: how each is chosen.
         stop: tokens that end the text, and are not yielded; None: the configuration's `eos_token_ids`.
+        kv_dtype: of the KV cache, see `KVCache`; None: the model's.
 
     Returns:
         an iterator over the new tokens. Everything is checked before it is returned, not when it is first asked.
@@ -130,19 +132,20 @@ def generate(
             f"tokens; shorten the prompt, or ask for at most {room} new tokens."
         )
     ends = frozenset(config.eos_token_ids if stop is None else stop)
-    return _generate(model, list(prompt_tokens), max_new_tokens, sampling, ends)
+    cache = KVCache(config, 1, length, kv_dtype or model.dtype, model.device)
+    return _generate(model, cache, list(prompt_tokens), sampling, ends)
 
 
-def _generate(model: Llama, prompt: list[int], max_new_tokens: int, sampling: Sampling, ends: frozenset[int]) -> Iterator[int]:
+def _generate(model: Llama, cache: KVCache, prompt: list[int], sampling: Sampling, ends: frozenset[int]) -> Iterator[int]:
+    """Yield new tokens until the cache is full: the last one is chosen, and not written into it."""
     device = model.device
-    cache = KVCache(model.config, 1, len(prompt) + max_new_tokens, model.dtype, device)
     generator = torch.Generator(device).manual_seed(sampling.seed)
     logits = prefill(model, cache, torch.tensor([prompt], device=device))
-    for position in range(len(prompt), len(prompt) + max_new_tokens):
+    for position in range(len(prompt), cache.max_length):
         tokens = sample(logits[:, -1], sampling, generator)
         token = int(tokens)
         if token in ends:
             return
         yield token
-        if position + 1 < len(prompt) + max_new_tokens:
+        if position + 1 < cache.max_length:
             logits = decode_step(model, cache, tokens, position)

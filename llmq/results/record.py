@@ -8,7 +8,9 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Schema versions that are read. Version 1 had no `Subject.kv_cache`."""
 
 Kind = Literal["quantize", "perplexity", "divergence", "tasks", "decode", "prefill", "bandwidth", "kernel"]
 
@@ -26,6 +28,19 @@ class Metric(_Strict):
     samples: list[float] | None = Field(default=None, description="raw repeats that `value` is the median of, same unit")
 
 
+class Cache(_Strict):
+    """The KV cache that a model was measured with: its grid is part of what the figures belong to."""
+
+    dtype: str = Field(description="fp32, bf16, fp16 or int8")
+    bytes_per_token: int = Field(description="keys and values of one token of one sequence in all layers, scales included")
+    context_tokens: int = Field(description="the model's context: most tokens that one sequence can put into it")
+
+    @property
+    def bytes_at_context(self) -> int:
+        """Bytes of a sequence that fills the model's context."""
+        return self.bytes_per_token * self.context_tokens
+
+
 class Subject(_Strict):
     """What was measured."""
 
@@ -37,6 +52,9 @@ class Subject(_Strict):
     bits_per_weight: float | None = Field(default=None, description="all stored bits of the quantized linears / their elements")
     file_bits_per_weight: float | None = Field(default=None, description="the same over all parameters, embeddings included")
     size_bytes: int | None = Field(default=None, description="all stored parameters")
+    kv_cache: Cache | None = Field(
+        default=None, description="None: none has a part in it (a quantization, a kernel), or the record is of schema version 1"
+    )
 
 
 class Protocol(_Strict):

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from llmq.errors import InputError, OutputError
-from llmq.results.record import SCHEMA_VERSION, ResultRecord
+from llmq.results.record import READABLE_VERSIONS, ResultRecord
 
 
 def append_records(path: Path, records: Sequence[ResultRecord]) -> None:
@@ -71,9 +71,10 @@ def parse_line(line: str, where: str) -> ResultRecord:
         raise InputError(f"{where} is not JSON ({error.msg} at column {error.colno}); delete the line, or restore it.") from error
     if not isinstance(data, dict) or "schema_version" not in data:
         raise InputError(f"{where} is no result record: it has no schema_version; name a file that `--record` wrote.")
-    if data["schema_version"] != SCHEMA_VERSION:
+    if data["schema_version"] not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
         raise InputError(
-            f"{where} has schema_version {data['schema_version']!r}, and this llmq reads {SCHEMA_VERSION}; "
+            f"{where} has schema_version {data['schema_version']!r}, and this llmq reads {readable}; "
             f"use the llmq that wrote it, or measure again."
         )
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmq.errors import UsageError
 from llmq.results import figures
-from llmq.results.record import Kind, Metric, ResultRecord, Subject
+from llmq.results.record import Cache, Kind, Metric, ResultRecord, Subject
 
 KINDS: tuple[Kind, ...] = ("perplexity", "divergence", "prefill", "decode")
 """Kinds of records that the table is made of; others are passed over."""
@@ -67,17 +67,25 @@ def comparison_table(records: Sequence[ResultRecord]) -> Table:
     check_comparable(usable)
     rows, superseded = _join(usable)
     by_word = any(row.metric("perplexity", "word_perplexity") for row in rows)
-    cells = [_cells(row, by_word=by_word) for row in rows]
+    cells = [_cells(row, by_word=by_word) | ({} if _one_cache(rows) else _cache_cells(row)) for row in rows]
     headings = [heading for heading in cells[0] if any(row[heading] != figures.ABSENT for row in cells)]
     notes = [f"{superseded} older record{'s' if superseded > 1 else ''} of the same measurement left out."] if superseded else []
     notes += _record_notes(rows)
     return Table(
-        title=f"{usable[0].subject.model}: {len(rows)} scheme{'s' if len(rows) != 1 else ''}",
+        title=_title(rows),
         header=_header(rows),
         columns=tuple(Column(heading, right=heading != "scheme") for heading in headings),
         rows=tuple(tuple(row[heading] for heading in headings) for row in cells),
         notes=tuple(notes),
     )
+
+
+def _title(rows: Sequence[_Row]) -> str:
+    """Return the model, how many schemes there are, and how many KV caches where there are several."""
+    schemes = len({_key(row.subject.model_copy(update={"kv_cache": None})) for row in rows})
+    caches = len({_kv_name(row.subject) for row in rows})
+    title = f"{rows[0].subject.model}: {schemes} scheme{'s' if schemes != 1 else ''}"
+    return title if caches == 1 else f"{title}, {caches} KV caches"
 
 
 def check_comparable(records: Sequence[ResultRecord]) -> None:
@@ -130,18 +138,48 @@ def _join(records: Sequence[ResultRecord]) -> tuple[list[_Row], int]:
 
 
 def _key(subject: Subject) -> str:
-    return json.dumps([subject.scheme, subject.options], sort_keys=True)
+    return json.dumps([subject.scheme, subject.options, subject.kv_cache and subject.kv_cache.dtype], sort_keys=True)
 
 
 def _label(subject: Subject, all_subjects: Sequence[Subject]) -> str:
-    """Return the scheme and those of its options that tell it from other rows."""
+    """Return the scheme, those of its options that tell it from other rows, and the KV cache where there is more than one."""
     namesakes = [other.options for other in all_subjects if other.scheme == subject.scheme]
     shown = [
         f"{name}={'none' if value is None else value}"
         for name, value in subject.options.items()
         if (name in _SHOWN_OPTIONS and value is not None) or any(options.get(name) != value for options in namesakes)
     ]
+    if any(_kv_name(other) != _kv_name(subject) for other in all_subjects):
+        shown.append(f"kv={_kv_name(subject)}")
     return " ".join([subject.scheme, *shown])
+
+
+def _kv_name(subject: Subject) -> str:
+    """Return the dtype of the subject's KV cache; records of schema version 1 do not say it."""
+    return "unknown" if subject.kv_cache is None else subject.kv_cache.dtype
+
+
+def _one_cache(rows: Sequence[_Row]) -> Cache | None:
+    """Return the KV cache of all rows, None where they have several or do not say which."""
+    first = rows[0].subject.kv_cache
+    return first if all(row.subject.kv_cache == first for row in rows) else None
+
+
+def cache_in_words(cache: Cache) -> str:
+    """Return a KV cache's dtype and what it takes."""
+    return (
+        f"{cache.dtype}, {figures.size(cache.bytes_per_token)} a token, {figures.size(cache.bytes_at_context)} a sequence at "
+        f"the context's limit of {cache.context_tokens:,} tokens"
+    )
+
+
+def _cache_cells(row: _Row) -> dict[str, str]:
+    """Return what the KV cache of one sequence takes: a token, and the model's whole context."""
+    cache = row.subject.kv_cache
+    return {
+        "KV/token": figures.ABSENT if cache is None else figures.size(cache.bytes_per_token),
+        "KV at limit": figures.ABSENT if cache is None else figures.size(cache.bytes_at_context),
+    }
 
 
 def _cells(row: _Row, *, by_word: bool) -> dict[str, str]:
@@ -191,6 +229,8 @@ def _header(rows: Sequence[_Row]) -> dict[str, str]:
         speed = next((record for record in records if record.kind == kind), None)
         if speed is not None:
             header[kind] = _parameters(speed.protocol.params)
+    if cache := _one_cache(rows):
+        header["KV cache"] = cache_in_words(cache)
     here = first.environment
     threads = {record.kind: record.environment.threads for record in records}
     used = sorted(set(threads.values()))

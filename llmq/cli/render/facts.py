@@ -120,6 +120,15 @@ def plan(planned: Plan, *, json: bool) -> None:
         f"peak memory about {size(planned.peak_bytes)} ({parts}) besides the program. Nothing was read or written.",
         soft_wrap=True,
     )
+    caches = [
+        f"{size(nbytes * planned.context_tokens)} in {name} ({size(nbytes)} a token)"
+        for name, nbytes in planned.kv_bytes_per_token.items()
+    ]
+    stdout().print(
+        f"To run it, the KV cache of a sequence of {planned.context_tokens:,} tokens, the context's limit, takes "
+        f"{' or '.join(caches)}.",
+        soft_wrap=True,
+    )
 
 
 def description(facts: Description, *, layers: bool, json: bool) -> None:

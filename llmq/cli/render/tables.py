@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from llmq.results.record import Metric, ResultRecord
     from llmq.results.table import Table
 
-_QUALITY = ("perplexity", "word perplexity", "Δ ln ppl", "KL (nats/token)", "same top-1", "bits/weight", "size")
+_QUALITY = (
+    *("perplexity", "word perplexity", "Δ ln ppl", "KL (nats/token)", "same top-1"),
+    *("bits/weight", "size", "KV/token", "KV at limit"),
+)
 
 
 def table(content: Table) -> None:
@@ -102,7 +105,9 @@ def evaluation(result: Evaluation) -> None:
         f"BOS: {params['bos']}",
         soft_wrap=True,
     )
-    console.print(f"  kernels   {kernel_counts(record)}\n", soft_wrap=True)
+    console.print(f"  kernels   {kernel_counts(record)}", soft_wrap=True)
+    kv_cache(record)
+    console.print()
     rows = [[*_metric_row(name, metric)] for each in result.records for name, metric in each.metrics.items()]
     if result.divergence is not None and result.divergence.identical:
         rows.append(["identical", "every logit is bit for bit the reference's", ""])
@@ -117,6 +122,14 @@ def evaluation(result: Evaluation) -> None:
 def kernel_counts(record: ResultRecord) -> str:
     """Name the kernels that ran, and for how many linears."""
     return ", ".join(f"{name} ({count} linears)" for name, count in record.kernels.items()) or "none recorded"
+
+
+def kv_cache(record: ResultRecord) -> None:
+    """Show which KV cache the model was measured with."""
+    from llmq.results.table import cache_in_words
+
+    if record.subject.kv_cache is not None:
+        stdout().print(f"  KV cache  {cache_in_words(record.subject.kv_cache)}", soft_wrap=True)
 
 
 def _metric_row(name: str, metric: Metric) -> tuple[str, str, str]:
@@ -156,6 +169,7 @@ def speed(records: list[ResultRecord]) -> None:
     for name, found in (("prefill", prefill), ("decode", decode)):
         for counts in dict.fromkeys(map(kernel_counts, found)):
             console.print(f"  {name:<9} {counts}", soft_wrap=True)
+    kv_cache(first)
     columns = ["batch", "prompt", "tokens/s", "time to first token", "GFLOP/s", "peak memory"]
     rows = [
         [
@@ -169,7 +183,7 @@ def speed(records: list[ResultRecord]) -> None:
         for record in prefill
     ]
     show(grid([(heading, "right") for heading in columns], rows), title="Prefill")
-    columns = ["batch", "context", "tokens/s", "time per token", "bytes/step", "GB/s", "of bandwidth", "peak memory"]
+    columns = ["batch", "context", "tokens/s", "time per token", "bytes/step", "of it KV", "GB/s", "of bandwidth", "peak memory"]
     rows = [
         [
             str(record.protocol.params["batch_size"]),
@@ -177,6 +191,7 @@ def speed(records: list[ResultRecord]) -> None:
             _figure(record.metrics["tokens_per_s"]),
             _milliseconds(record.metrics["tpot_s"]),
             size(record.metrics["bytes_per_step"].value),
+            size(record.metrics["kv_bytes_per_step"].value),
             plain(record.metrics["bandwidth_gbps"].value, 3),
             f"{record.metrics['bandwidth_share'].value:.0%}" if "bandwidth_share" in record.metrics else "–",
             size(record.metrics["peak_memory_bytes"].value),
