@@ -96,6 +96,16 @@ class KVCache:
         positions = torch.arange(max_length, device=device)
         self.cosines, self.sines = rotation_table(inverse_frequencies(config).to(device), positions)
 
+    def check(self, batch_size: int, start: int, length: int) -> None:
+        """Raise UsageError when `length` tokens of `batch_size` sequences cannot stand at `start`."""
+        if self.batch_size != batch_size:
+            raise UsageError(f"the KV cache is for {self.batch_size} sequences, got {batch_size}; make one of that batch size.")
+        if start < 0 or start + length > self.max_length:
+            raise UsageError(
+                f"{length} tokens at position {start} do not fit into a KV cache of {self.max_length} tokens; make it at least "
+                f"{start + length} long (the model's context allows {self.config.max_position_embeddings})."
+            )
+
     def write(self, layer: int, keys: Tensor, values: Tensor, where: slice | Tensor) -> None:
         """Store keys and values of one layer.
 

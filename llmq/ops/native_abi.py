@@ -36,3 +36,67 @@ class LlmqLinear(ctypes.Structure):
         ("packed", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
     )
+
+
+CACHE_F32, CACHE_BF16, CACHE_INT8 = 0, 1, 2
+"""LLMQ_CACHE_*."""
+OUTPUT_HIDDEN, OUTPUT_LAST, OUTPUT_ALL = 0, 1, 2
+"""LLMQ_OUTPUT_*."""
+
+
+class LlmqBlock(ctypes.Structure):
+    """One block of a model; see the header's section `llama`."""
+
+    _fields_ = (
+        ("q", LlmqLinear),
+        ("k", LlmqLinear),
+        ("v", LlmqLinear),
+        ("o", LlmqLinear),
+        ("gate", LlmqLinear),
+        ("up", LlmqLinear),
+        ("down", LlmqLinear),
+        ("attention_norm", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+        ("window", ctypes.c_int64),
+    )
+
+
+class LlmqLlama(ctypes.Structure):
+    """A whole model; see the header's section `llama`."""
+
+    _fields_ = (
+        ("vocab", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("intermediate", ctypes.c_int64),
+        ("layers", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("norm_eps", ctypes.c_float),
+        ("embedding", ctypes.c_void_p),
+        ("final_norm", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+        ("head", LlmqLinear),
+    )
+
+
+class LlmqKVCache(ctypes.Structure):
+    """The keys and values of a call's sequences; see the header's section `llama`."""
+
+    _fields_ = (
+        ("batch", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("key_scales", ctypes.c_void_p),
+        ("value_scales", ctypes.c_void_p),
+        ("cosines", ctypes.c_void_p),
+        ("sines", ctypes.c_void_p),
+    )
+
+
+STRUCTS: tuple[type[ctypes.Structure], ...] = (LlmqLinear, LlmqBlock, LlmqLlama, LlmqKVCache)
+"""Every struct of the header, in its order."""
