@@ -1,7 +1,6 @@
-// AVX-512 VNNI: 64 products an instruction with vpdpbusd, unsigned times signed. The weights are the unsigned side,
-// stored as code + 128, so that the broadcast codes of x can be memory operands; `linear_tile` starts each sum with
-// -128 * (sum of the row's codes), which takes the offset out again. vpdpbusd wraps and does not saturate (vpdpbusds
-// would).
+// AVX-512 VNNI: 64 products an instruction with vpdpbusd, unsigned times signed; vpdpbusd wraps and does not saturate
+// (vpdpbusds would). The weights are the unsigned side, int8 weights stored as code + 128, so that the broadcast codes of x
+// can be memory operands; the offset times the sum of the codes is taken out again at the end.
 //
 // Compiled with -mavx512f -mavx512bw -mavx512vl -mavx512vnni, called only where `available` says so. With LLMQ_SIMDE it
 // is compiled against SIMDe instead, for the tests of machines without AVX-512.
@@ -12,37 +11,118 @@
 #  include <immintrin.h>
 #endif
 
-#include "int8_linear.h"
+#include "float_tile.h"
+#include "vector.h"
 
 namespace llmq {
 namespace {
 
 struct Isa {
-  using Code = int8_t;
-  static constexpr int kUnit = 4;
-  static constexpr int kMaxRows = 6;  // 24 sums and 4 weights of 32 registers
-  static constexpr int kMaxPanels = 4;
-  static constexpr uint8_t kFlip = 0x80;
+  static constexpr int kUnit8 = 4;
+  static constexpr uint8_t kFlip8 = 0x80;
+  static constexpr bool kWide8 = false;
+  static constexpr int kRows8 = 6;  // 24 sums and 4 weights of 32 registers
+  static constexpr int kPanels8 = 4;
+  static constexpr int kRows4 = 12;  // 12 sums, which wait for themselves no longer than the two multipliers take for all
+  static constexpr bool kExpand4 = false;  // taking nibbles apart is 3 instructions beside 2 products for each plane
+  static constexpr int kRowsFloat = 12;
+  static constexpr int kPanelsFloat = 8;
+  static constexpr int64_t kAhead = 1024;  // bytes prefetched ahead: the hardware's own prefetcher stops at each page
+
+  static void prefetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0); }
 
   template <int R, int P>
-  static void micro(const Operands<Isa>& o, int64_t steps, bool first) {
+  LLMQ_ALONE static void micro8(const Micro& o) {
     __m512i sums[R][P];
+    LLMQ_UNROLL
     for (int r = 0; r < R; ++r) {
+      LLMQ_UNROLL
       for (int p = 0; p < P; ++p) {
-        sums[r][p] = first ? _mm512_set1_epi32(o.start[r]) : _mm512_loadu_si512(o.sums + p * o.panel_sums + r * kPanel);
+        sums[r][p] = o.add ? _mm512_loadu_si512(o.sums + p * o.panel_sums + r * kPanel) : _mm512_setzero_si512();
       }
     }
     const uint8_t* weights = o.weights;
-    for (int64_t s = 0; s < steps; ++s, weights += kPanel * kUnit) {
+    for (int64_t k = 0; k < o.size; k += kUnit8, weights += kPanel * kUnit8) {
       __m512i w[P];
-      for (int p = 0; p < P; ++p) w[p] = _mm512_loadu_si512(weights + p * o.panel_bytes);
+      LLMQ_UNROLL
+      for (int p = 0; p < P; ++p) {
+        prefetch(weights + p * o.panel_bytes);
+        w[p] = _mm512_loadu_si512(weights + p * o.panel_bytes);
+      }
+      LLMQ_UNROLL
       for (int r = 0; r < R; ++r) {
-        const __m512i four = _mm512_set1_epi32(load_lane(o.codes + r * o.code_stride + 4 * s));
+        const __m512i four = _mm512_set1_epi32(load_lane(o.codes + r * o.plane_bytes + k));
+        LLMQ_UNROLL
         for (int p = 0; p < P; ++p) sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], w[p], four);
       }
     }
+    LLMQ_UNROLL
     for (int r = 0; r < R; ++r) {
+      LLMQ_UNROLL
       for (int p = 0; p < P; ++p) _mm512_storeu_si512(o.sums + p * o.panel_sums + r * kPanel, sums[r][p]);
+    }
+  }
+
+  template <int R>
+  LLMQ_ALONE static void micro4(const Micro& o) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    __m512i sums[R];
+    LLMQ_UNROLL
+    for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_si512();
+    const uint8_t* weights = o.weights;
+    for (int64_t k = 0; k < o.size; k += kStep, weights += kPanel * kStep / 2) {
+      prefetch(weights);
+      const __m512i w = _mm512_loadu_si512(weights);
+      const __m512i first = _mm512_and_si512(w, nibble), last = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);
+      LLMQ_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const uint8_t* codes = o.codes + r * o.plane_bytes + k;
+        sums[r] = _mm512_dpbusd_epi32(sums[r], first, _mm512_set1_epi32(load_lane(codes)));
+        sums[r] = _mm512_dpbusd_epi32(sums[r], last, _mm512_set1_epi32(load_lane(codes + 4)));
+      }
+    }
+    LLMQ_UNROLL
+    for (int r = 0; r < R; ++r) _mm512_storeu_si512(o.sums + r * kPanel, sums[r]);
+  }
+
+  template <int R, int P, bool kBf16>
+  LLMQ_ALONE static void micro_float(const MicroFloat& o) {
+    __m512 sums[R][P];
+    LLMQ_UNROLL
+    for (int r = 0; r < R; ++r) {
+      LLMQ_UNROLL
+      for (int p = 0; p < P; ++p) {
+        sums[r][p] = o.add ? _mm512_loadu_ps(o.sums + p * o.panel_sums + r * kPanel) : _mm512_setzero_ps();
+      }
+    }
+    const uint8_t* weights = o.weights;
+    const __m512i upper = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u));
+    for (int64_t k = 0; k < o.size; k += 2, weights += 2 * kPanel * (kBf16 ? 2 : 4)) {
+      LLMQ_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        LLMQ_UNROLL
+        for (int p = 0; p < P; ++p) {
+          const uint8_t* at = weights + p * o.panel_bytes;
+          if (half == 0) prefetch(at);
+          __m512 w;
+          if constexpr (kBf16) {  // the even input in the lower half of a lane, the odd in the upper
+            const __m512i both = _mm512_loadu_si512(at);
+            w = _mm512_castsi512_ps(half ? _mm512_and_si512(both, upper) : _mm512_slli_epi32(both, 16));
+          } else {
+            w = _mm512_loadu_ps(at + half * 64);
+          }
+          LLMQ_UNROLL
+          for (int r = 0; r < R; ++r) {
+            const __m512 x = _mm512_set1_ps(o.rows[r * o.row_floats + k + half]);
+            sums[r][p] = _mm512_fmadd_ps(x, w, sums[r][p]);
+          }
+        }
+      }
+    }
+    LLMQ_UNROLL
+    for (int r = 0; r < R; ++r) {
+      LLMQ_UNROLL
+      for (int p = 0; p < P; ++p) _mm512_storeu_ps(o.sums + p * o.panel_sums + r * kPanel, sums[r][p]);
     }
   }
 };
@@ -60,6 +140,6 @@ bool available() {
 
 }  // namespace
 
-const IsaKernels kAvx512Vnni = Int8Linear<Isa>::table("avx512vnni", "uint8-n16k4", available);
+const IsaKernels kAvx512Vnni = isa_table<Isa>("avx512vnni", "uint8-n16k4", available, &kVectorAvx512);
 
 }  // namespace llmq

@@ -1,0 +1,310 @@
+// Products of prepared rows and integer weights, written once for every instruction set (isa.h says why everything here is
+// static or a template).
+//
+// Each isa_*.cpp defines, in an anonymous namespace, a struct `Isa` with what differs:
+//
+//   kUnit8, kFlip8, kWide8   the int8 layout; see IsaKernels
+//   kRows8, kPanels8         largest micro8
+//   kRows4, kExpand4         largest micro4; whether more rows than that are better served by codes expanded to bytes
+//   template <int R, int P> static void micro8(const Micro&)
+//   template <int R> static void micro4(const Micro&)         nibbles, as they are packed
+//   template <int R> static void micro4_bytes(const Micro&)   expanded, where kExpand4
+//
+// A micro kernel adds products of codes, exactly. Everything else, the offsets of codes and the scales, is done here.
+#pragma once
+
+#include "rows.h"
+
+namespace llmq {
+
+// Never inlined: a micro kernel keeps its sums in registers only while nothing around it asks for some.
+#define LLMQ_ALONE __attribute__((noinline))
+// Between the rows of a micro kernel: GCC would load the inputs of all rows first, and then has no registers for the sums.
+#define LLMQ_IN_ORDER asm volatile("" ::: "memory")
+// Before each loop over an array of registers: only when unrolled early does GCC see that it is one.
+#define LLMQ_UNROLL _Pragma("GCC unroll 16")
+
+// R planes of codes times P panels of weights.
+struct Micro {
+  const uint8_t* codes;  // [R] planes, `plane_bytes` apart
+  int64_t plane_bytes;
+  const uint8_t* weights;  // [P] panels, `panel_bytes` apart
+  int64_t panel_bytes;
+  int64_t size;   // inputs; micro8: in whole units, micro4: in whole steps of 8
+  bool add;       // to what `sums` holds, instead of starting from 0
+  int32_t* sums;  // [P] of [R][16], `panel_sums` apart
+  int64_t panel_sums;
+};
+
+static const uint8_t kOnes[kBlock] = {
+#define LLMQ_ONES 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1
+    LLMQ_ONES, LLMQ_ONES, LLMQ_ONES, LLMQ_ONES, LLMQ_ONES, LLMQ_ONES, LLMQ_ONES, LLMQ_ONES,
+    LLMQ_ONES, LLMQ_ONES, LLMQ_ONES, LLMQ_ONES, LLMQ_ONES, LLMQ_ONES, LLMQ_ONES, LLMQ_ONES,
+#undef LLMQ_ONES
+};
+
+// Codes of a tile's rows that are used for all of its panels before the next inputs have their turn: they stay in L2.
+constexpr int64_t kSpanBytes = 256 * 1024;
+// Inputs of a row with one scale that all rows of a tile use before the next have their turn: 16 KiB of a panel, in L1.
+constexpr int64_t kPieceInputs = 1024;
+
+// Scales and zero points of one group of 16 outputs, as numbers.
+struct Header {
+  float scale[kPanel];
+  float zero[kPanel];       // LLMQ_ZERO_FLOAT
+  int32_t offset[kPanel];   // what a stored code is above the code it means
+};
+
+static inline void store(F32* y, float value) { y->value = value; }
+static inline void store(Bf16* y, float value) { y->bits = bf16_bits(value); }
+
+// Sixteen results of one row to their place.
+static inline void store_panel(const TileJob& job, int64_t row, int64_t column, const float* values) {
+  const int64_t columns = min_of(kPanel, job.linear->n - column);
+  const int64_t at = row * job.y_stride + column;
+  if (job.dtype == Dtype::kBf16) {
+    Bf16* y = static_cast<Bf16*>(job.y) + at;
+    for (int64_t j = 0; j < columns; ++j) store(y + j, values[j]);
+  } else if (job.dtype == Dtype::kF32) {
+    memcpy(static_cast<F32*>(job.y) + at, values, static_cast<size_t>(columns) * sizeof(float));
+  } else {
+    F32* y = static_cast<F32*>(job.y) + at;
+    for (int64_t j = 0; j < columns; ++j) store(y + j, float_of(static_cast<uint32_t>(bf16_bits(values[j])) << 16));
+  }
+}
+
+static inline void load_bias(const TileJob& job, int64_t column, float* bias) {
+  memset(bias, 0, kPanel * sizeof(float));
+  const size_t columns = static_cast<size_t>(min_of(kPanel, job.linear->n - column));
+  memcpy(bias, job.linear->bias + column, columns * sizeof(float));
+}
+
+static inline void load_numbers(const uint8_t* from, int32_t kind, float* numbers) {
+  if (kind == LLMQ_SCALE_F32) {
+    memcpy(numbers, from, kPanel * sizeof(float));
+  } else {
+    const Bf16* stored = reinterpret_cast<const Bf16*>(from);
+    for (int64_t j = 0; j < kPanel; ++j) numbers[j] = float_of(bits_of(stored[j]));
+  }
+}
+
+template <class Isa, bool kInt4>
+struct IntTile {
+  static constexpr int kMicroRows = kInt4 ? Isa::kRows4 : Isa::kRows8;
+  static constexpr int kMicroPanels = kInt4 ? 1 : Isa::kPanels8;
+  static constexpr int32_t kStored = kInt4 ? 0 : Isa::kFlip8;  // a stored int8 code is this much above the code
+
+  union Sums {
+    float number[kTilePanels][kTileRows][kPanel];   // of scaled blocks
+    int32_t exact[kTilePanels][kTileRows][kPanel];  // of a whole row that has one scale
+  };
+
+  static void load_header(const LlmqLinear& linear, const Layout& layout, const uint8_t* at, Header* header) {
+    load_numbers(at, linear.scale, header->scale);
+    for (int64_t j = 0; j < kPanel; ++j) header->offset[j] = kInt4 ? 8 : kStored;
+    if (linear.zero == LLMQ_ZERO_FLOAT) load_numbers(at + layout.zero_offset, linear.scale, header->zero);
+    if (linear.zero == LLMQ_ZERO_INT) {
+      for (int64_t j = 0; j < kPanel; ++j) header->offset[j] = at[layout.zero_offset + j];
+    }
+  }
+
+  // `count` in [1, kMicroRows] at run time to a micro kernel of exactly that many planes.
+  template <int P, bool kBytes, int R = kMicroRows>
+  static void micro(int64_t count, const Micro& operands) {
+    if (count == R) {
+      if constexpr (!kInt4) {
+        Isa::template micro8<R, P>(operands);
+      } else if constexpr (kBytes && Isa::kExpand4) {
+        Isa::template micro4_bytes<R>(operands);
+      } else {
+        Isa::template micro4<R>(operands);
+      }
+    } else if constexpr (R > 1) {
+      micro<P, kBytes, R - 1>(count, operands);
+    }
+  }
+
+  // Sums of one block to numbers: `rows` rows whose planes' sums are [rows * planes][16].
+  struct Flush {
+    const TileJob& job;
+    const Block& block;
+    const Header& header;
+    const int32_t* ones;  // [16]: sums of the stored codes, for activations with a zero point
+  };
+
+  static void flush(const Flush& f, int64_t row, int64_t rows, const int32_t* sums, float (*numbers)[kPanel]) {
+    const LlmqLinear& linear = *f.job.linear;
+    const Rows& x = f.job.rows;
+    const bool blocks_scaled = linear.activation == LLMQ_ACTIVATION_FLOAT;
+    for (int64_t r = 0; r < rows; ++r, sums += x.planes * kPanel) {
+      const int64_t at = (row + r) * f.job.layout->blocks + f.block.index;
+      const uint32_t row_sum = static_cast<uint32_t>(x.sum[at]);
+      const float step = blocks_scaled ? x.scale[at] : 1.0f;
+      uint32_t exact[kPanel];  // modulo 2^32; the true sum fits
+      if (x.planes == 2) {
+        for (int64_t j = 0; j < kPanel; ++j) {
+          exact[j] = (static_cast<uint32_t>(sums[j]) << 8) + static_cast<uint32_t>(sums[kPanel + j]);
+        }
+      } else {
+        for (int64_t j = 0; j < kPanel; ++j) exact[j] = static_cast<uint32_t>(sums[j]);
+      }
+      for (int64_t j = 0; j < kPanel; ++j) exact[j] -= static_cast<uint32_t>(f.header.offset[j]) * row_sum;
+      if (f.ones) {
+        const uint32_t zero = static_cast<uint32_t>(x.zero[row + r]), size = static_cast<uint32_t>(f.block.size);
+        for (int64_t j = 0; j < kPanel; ++j) {
+          exact[j] -= zero * (static_cast<uint32_t>(f.ones[j]) - size * static_cast<uint32_t>(f.header.offset[j]));
+        }
+      }
+      float* out = numbers[r];
+      for (int64_t j = 0; j < kPanel; ++j) {
+        out[j] += static_cast<float>(static_cast<int32_t>(exact[j])) * (f.header.scale[j] * step);
+      }
+      if (linear.zero == LLMQ_ZERO_FLOAT) {
+        const float all = static_cast<float>(static_cast<int32_t>(row_sum)) * step;
+        for (int64_t j = 0; j < kPanel; ++j) out[j] += f.header.zero[j] * all;
+      }
+    }
+  }
+
+  static void tile(const TileJob& job) {
+    Sums sums;
+    const Layout& layout = *job.layout;
+    const int64_t rows = job.row_end - job.row_begin;
+    const bool whole_row = layout.blocks == 1 && layout.block > kBlock;
+    // Rows whose micro kernels are one are read from end to end, as memory likes it best.
+    const bool one_micro = rows * job.rows.planes <= kMicroRows;
+    const int64_t row_codes = job.rows.planes * code_bytes_of(*job.linear, Isa::kWide8);
+    if (whole_row) {
+      const int64_t piece = one_micro ? layout.padded_k : kPieceInputs;
+      const int64_t pieces = max_of(1, kSpanBytes / (rows * row_codes * piece));
+      for (int64_t k = 0; k < layout.padded_k; k += piece * pieces) {
+        const int64_t end = min_of(k + piece * pieces, layout.padded_k);
+        int64_t p = job.panel_begin;
+        for (; p + kMicroPanels <= job.panel_end; p += kMicroPanels) {
+          exact_span<kMicroPanels>(job, p, k, end, piece, &sums);
+        }
+        for (; p < job.panel_end; ++p) exact_span<1>(job, p, k, end, piece, &sums);
+      }
+    } else {
+      memset(&sums, 0, static_cast<size_t>(job.panel_end - job.panel_begin) * sizeof(sums.number[0]));
+      const int64_t span = one_micro ? layout.blocks : max_of(1, kSpanBytes / (rows * row_codes * layout.block));
+      for (int64_t b = 0; b < layout.blocks; b += span) {
+        const int64_t end = min_of(b + span, layout.blocks);
+        for (int64_t p = job.panel_begin; p < job.panel_end; ++p) {
+          block_span(job, p, b, end, sums.number[p - job.panel_begin]);
+        }
+      }
+    }
+    for (int64_t p = job.panel_begin; p < job.panel_end; ++p) finish(job, p, whole_row, &sums);
+  }
+
+  // All rows of the tile times P panels, inputs [begin, end) of a row with one scale, `piece` at a time. Rows are dealt out
+  // evenly (7 = 4 + 3, not 6 + 1), since a micro kernel of few rows does little with each weight that it loads.
+  template <int P>
+  static void exact_span(const TileJob& job, int64_t panel, int64_t begin, int64_t end, int64_t piece, Sums* sums) {
+    const Layout& layout = *job.layout;
+    const int64_t rows = job.row_end - job.row_begin;
+    Micro operands;
+    operands.plane_bytes = job.rows.plane_bytes;
+    operands.panel_bytes = layout.panel_bytes;
+    operands.panel_sums = kTileRows * kPanel;
+    for (int64_t k = begin; k < end; k += piece) {
+      operands.size = min_of(piece, end - k);
+      operands.weights =
+          job.linear->packed + panel * layout.panel_bytes + layout.header_bytes + k * layout.input_bytes;
+      operands.add = k > 0;
+      int64_t row = 0;
+      for (int64_t left = ceil_div(rows, kMicroRows); left > 0; --left) {
+        const int64_t count = ceil_div(rows - row, left);
+        operands.codes = job.rows.codes + (job.row_begin + row) * job.rows.plane_bytes +
+                         k * code_bytes_of(*job.linear, Isa::kWide8);
+        operands.sums = sums->exact[panel - job.panel_begin][row];
+        micro<P, false>(count, operands);
+        row += count;
+      }
+    }
+  }
+
+  // All rows of the tile times one panel, blocks [begin, end), each scaled as soon as it is summed.
+  static void block_span(const TileJob& job, int64_t panel, int64_t begin, int64_t end, float (*numbers)[kPanel]) {
+    const Layout& layout = *job.layout;
+    const int64_t rows = job.row_end - job.row_begin;
+    const int32_t planes = job.rows.planes;
+    const int64_t code_bytes = code_bytes_of(*job.linear, Isa::kWide8);
+    const uint8_t* base = job.linear->packed + panel * layout.panel_bytes;
+    const bool expand = kInt4 && Isa::kExpand4 && rows * planes > kMicroRows;
+    constexpr int kMostRows = kMicroRows < 2 ? 1 : kMicroRows;
+    alignas(kLine) int32_t sums[kMostRows][kPanel], ones[kPanel];
+    alignas(kLine) uint8_t bytes[kInt4 && Isa::kExpand4 ? kBlock * kPanel : 1];
+    Header header = {};
+    Micro operands;
+    operands.plane_bytes = job.rows.plane_bytes;
+    operands.panel_bytes = 0;
+    operands.panel_sums = 0;
+    operands.add = false;
+    for (int64_t b = begin; b < end; ++b) {
+      const Block block = block_at(layout, b);
+      if (block.first_of_group || b == begin) load_header(*job.linear, layout, base + block.header, &header);
+      operands.size = round_up(block.size, kStep);
+      operands.weights = base + block.offset;
+      const bool needs_ones = job.linear->activation == LLMQ_ACTIVATION_UINT8;
+      if (needs_ones) {
+        operands.codes = kOnes;
+        operands.sums = ones;
+        micro<1, false>(1, operands);
+      }
+      if constexpr (kInt4 && Isa::kExpand4) {
+        if (expand) {
+          Isa::expand4(operands.weights, bytes, operands.size);
+          operands.weights = bytes;
+        }
+      }
+      const Flush how = {job, block, header, needs_ones ? ones : nullptr};
+      operands.sums = &sums[0][0];
+      const int64_t most = kMicroRows / planes;
+      int64_t row = 0;
+      for (int64_t left = ceil_div(rows, most); left > 0; --left) {
+        const int64_t count = ceil_div(rows - row, left), at = job.row_begin + row;
+        operands.codes = job.rows.codes + at * planes * job.rows.plane_bytes + block.begin * code_bytes;
+        if (expand) {
+          micro<1, kInt4 && Isa::kExpand4>(count * planes, operands);
+        } else {
+          micro<1, false>(count * planes, operands);
+        }
+        flush(how, at, count, &sums[0][0], numbers + row);
+        row += count;
+      }
+    }
+  }
+
+  // The scale of the row and the bias, and out.
+  static void finish(const TileJob& job, int64_t panel, bool whole_row, const Sums* sums) {
+    const int64_t column = panel * kPanel, in_tile = panel - job.panel_begin;
+    Header header = {};
+    if (whole_row) load_header(*job.linear, *job.layout, job.linear->packed + panel * job.layout->panel_bytes, &header);
+    float bias[kPanel];
+    if (job.linear->bias) load_bias(job, column, bias);
+    for (int64_t row = job.row_begin; row < job.row_end; ++row) {
+      float out[kPanel];
+      if (whole_row) {
+        const uint32_t offset = static_cast<uint32_t>(kStored) * static_cast<uint32_t>(job.rows.sum[row]);
+        const int32_t* exact = sums->exact[in_tile][row - job.row_begin];
+        for (int64_t j = 0; j < kPanel; ++j) {
+          out[j] = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(exact[j]) - offset)) * header.scale[j];
+        }
+      } else {
+        memcpy(out, sums->number[in_tile][row - job.row_begin], sizeof(out));
+      }
+      if (job.linear->activation != LLMQ_ACTIVATION_FLOAT) {
+        const float scale = job.rows.scale[row];
+        for (int64_t j = 0; j < kPanel; ++j) out[j] *= scale;
+      }
+      if (job.linear->bias) {
+        for (int64_t j = 0; j < kPanel; ++j) out[j] += bias[j];
+      }
+      store_panel(job, row, column, out);
+    }
+  }
+};
+
+}  // namespace llmq
