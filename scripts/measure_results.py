@@ -1,20 +1,25 @@
-"""Measure the tables of the README anew: the bundled checkpoint at group sizes 32 and 128, a file of records each.
+"""Measure the tables of the README anew on the bundled checkpoint: schemes at group sizes 32 and 128, and KV caches.
 
     python scripts/measure_results.py && python scripts/docs.py
 
-Uses the text that `llmq compare` uses by default, so set LLMQ_WIKITEXT_DIR for WikiText-2. A file is replaced when its
-measurement is complete, and not before. Run it on a machine that does nothing else: speed is measured too.
+Each table has a file of records, which is replaced when its measurement is complete, and not before. The text is what
+`llmq compare` uses by default, so set LLMQ_WIKITEXT_DIR for WikiText-2. Run it on a machine that does nothing else: the speed of
+the schemes is measured too. KV caches are measured for quality and memory only.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmq.cli.compare import DEFAULT_SCHEMES
+from llmq.cli.options import names
 from llmq.files import atomic_path
+
+if TYPE_CHECKING:
+    from llmq.api.comparing import CompareRequest
 
 REPO = Path(__file__).resolve().parent.parent
 BASELINES = REPO / "configs" / "baselines"
@@ -23,27 +28,36 @@ MODEL = REPO / "llmq" / "assets" / "wt2-8m"
 
 def main(
     limit: Annotated[int, typer.Option("--limit", min=1, help="Windows of the text, from its start.")] = 400,
-    groups: Annotated[str, typer.Option("--groups", metavar="A,B,…", help="Group sizes.")] = "32,128",
+    groups: Annotated[str, typer.Option("--groups", metavar="A,B,…", help="Group sizes of the schemes; '' for none.")] = "32,128",
+    kv_caches: Annotated[
+        str, typer.Option("--kv-caches", metavar="A,B,…", help="KV caches of the model in bf16; '' for none.")
+    ] = "bf16,fp32,int8",
     out: Annotated[Path, typer.Option("--out", help="Folder of the records.")] = BASELINES,
 ) -> None:
-    """Compare the schemes at each group size and store the records."""
-    from llmq.api.comparing import CompareRequest, compare_schemes
+    """Compare the schemes at each group size, then the KV caches, and store the records."""
+    from llmq.api.comparing import CompareRequest
     from llmq.api.evaluating import Question
+
+    model, question = str(MODEL), Question(limit=limit)
+    for group in names(groups):
+        schemes, options = list(names(DEFAULT_SCHEMES)), {"group_size": group}
+        measure(CompareRequest(model, schemes, options, question=question), out / f"wt2-8m-g{group}.jsonl")
+    if caches := names(kv_caches):
+        request = CompareRequest(model, ["bf16"], question=question, bench=None, kv_caches=caches)
+        measure(request, out / "wt2-8m-kv.jsonl")
+
+
+def measure(request: CompareRequest, path: Path) -> None:
+    """Compare, show the table, and replace the file `path` with the records."""
+    from llmq.api.comparing import compare_schemes
     from llmq.cli import render
     from llmq.results.store import append_records
 
-    for group in groups.split(","):
-        request = CompareRequest(
-            model=str(MODEL),
-            schemes=DEFAULT_SCHEMES.split(","),
-            options={"group_size": group.strip()},
-            question=Question(limit=limit),
-        )
-        with render.reporting() as progress:
-            comparison = compare_schemes(request, progress=progress)
-        render.comparison(comparison)
-        with atomic_path(out / f"wt2-8m-g{group.strip()}.jsonl", force=True) as path:
-            append_records(path, comparison.records)
+    with render.reporting() as progress:
+        comparison = compare_schemes(request, progress=progress)
+    render.comparison(comparison)
+    with atomic_path(path, force=True) as temporary:
+        append_records(temporary, comparison.records)
 
 
 if __name__ == "__main__":

@@ -218,6 +218,36 @@ def test_several_models_take_turns(model: Llama, monkeypatch: pytest.MonkeyPatch
         assert "all 2 models in memory" in note
 
 
+def test_one_model_with_several_caches(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.dtype] = []
+    real = decode.decode_step
+
+    def spy(model: Llama, cache: KVCache, tokens: Tensor, position: int | Tensor) -> Tensor:
+        used.append(cache.dtype)
+        return real(model, cache, tokens, position)
+
+    monkeypatch.setattr(decode, "decode_step", spy)
+    dtypes = [torch.float32, torch.int8, None]
+    reports = bench_models([model] * 3, BenchPlan(prompt_lengths=(8,), new_tokens=2, repeats=1), kv_dtypes=dtypes)
+    turn = [torch.float32] * 2 + [torch.int8] * 2 + [model.dtype] * 2
+    assert used == [torch.float32, torch.int8, model.dtype, *turn, *turn]
+    for report, dtype in zip(reports, dtypes, strict=True):
+        (step,) = (result.step_bytes for result in report.decodes)
+        assert step == traffic_of_model(model, dtype).decode_bytes(1, 8 + 2)
+        assert report.together == 1
+        assert report.records(SUBJECT, capture(threads=1))[0].notes == []
+    assert reports[1].decodes[0].step_bytes.kv < reports[0].decodes[0].step_bytes.kv / 2
+
+
+def test_the_whole_context_and_one_token_more(model: Llama) -> None:
+    limit = model.config.max_position_embeddings
+    plan = BenchPlan(prompt_lengths=(limit,), contexts=(limit - 2,), new_tokens=2, repeats=1)
+    report = bench_model(model, plan, kv_dtype=torch.int8)
+    assert report.decodes[0].step_bytes.kv == traffic_of_model(model, torch.int8).kv_nbytes(1, limit)
+    with pytest.raises(UsageError, match=f"use a context of at most {limit - 3}"):
+        bench_model(model, dataclasses.replace(plan, new_tokens=3), kv_dtype=torch.int8)
+
+
 @pytest.mark.slow
 def test_compiled_decoding_reads_the_whole_cache_and_chooses_the_same_tokens(
     model: Llama, monkeypatch: pytest.MonkeyPatch

@@ -51,6 +51,18 @@ def test_bytes_of_an_int4_step_by_hand() -> None:
     assert traffic.linears_nbytes == 2 * (BLOCK // 2 + BLOCK // 32 * 4) + 2 * HEAD
 
 
+def test_bytes_of_an_int8_cache_by_hand() -> None:
+    traffic = traffic_of_config(TINY, {}, torch.bfloat16, torch.int8)
+    # keys and values, sequences, heads, eight codes and a scale of four bytes, layers, tokens
+    assert traffic.kv_nbytes(3, 10) == 2 * 3 * 2 * (8 + 4) * 2 * 10
+    plain = traffic_of_config(TINY, {}, torch.bfloat16)
+    assert traffic.decode_bytes(3, 10) == replace(plain.decode_bytes(3, 10), kv=2880)
+    assert traffic.decode_flops(1, 10) == plain.decode_flops(1, 10)
+    sliding = traffic_of_config(replace(TINY, sliding_window=4, sliding_layers=(1,)), {}, torch.bfloat16, torch.int8)
+    assert sliding.kv_nbytes(1, 10) == 2 * 2 * 12 * (10 + 4)
+    assert traffic_of_model(Llama(TINY).to(torch.bfloat16), torch.int8) == traffic
+
+
 def test_flops_by_hand() -> None:
     traffic = traffic_of_config(TINY, {}, torch.float32)
     assert traffic.decode_flops(batch_size=1, visible=10) == 2 * (2 * BLOCK + HEAD) + 2 * 10 * 4 * 4 * 8

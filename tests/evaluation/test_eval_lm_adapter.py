@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from llmq.errors import UsageError
 from llmq.evaluation.scoring import Batching
 from llmq.model.generate import generate
+from llmq.model.kv_cache import KVCache
 from llmq.model.llama import Llama
 
 pytest.importorskip("lm_eval")
@@ -84,6 +86,24 @@ def test_documents_are_scored_whole(lm, llama, chars, exact_score) -> None:
     )
     assert found[1] == pytest.approx(expected, rel=1e-5)
     assert found[2] == 0
+
+
+def test_requests_are_scored_and_continued_through_the_cache(lm, llama, chars) -> None:
+    from llmq.evaluation.lm_adapter import LlmqLM
+
+    quantized = LlmqLM(llama, chars, kv_dtype=torch.int8, batching=Batching(tokens=100))
+    requests = _requests(("The sea is", " blue"), ("", "Salt"))
+    found = [score for score, _ in quantized.loglikelihood(requests)]
+    for (context, continuation), score in zip((("The sea is", " blue"), ("", "Salt")), found, strict=True):
+        tokens = torch.tensor([chars.encode(context + continuation, bos=True)])
+        cache = KVCache(llama.config, 1, tokens.shape[1] - 1, torch.int8, "cpu")
+        logits = llama(tokens[:, :-1], cache)[0, -len(continuation) :].double().log_softmax(-1)
+        assert score == pytest.approx(float(logits.gather(1, tokens[0, -len(continuation) :, None]).sum()), rel=1e-5)
+    plain = [score for score, _ in lm.loglikelihood(requests)]
+    assert all(0 < abs(a - b) < 0.05 * abs(b) for a, b in zip(found, plain, strict=True))
+    (text,) = quantized.generate_until(_requests(("Once", {"max_gen_toks": 12}), kind="generate_until"))
+    own = generate(llama, chars.encode("Once", bos=True), max_new_tokens=12, kv_dtype=torch.int8)
+    assert text == chars.decode(list(own))
 
 
 def _greedy_text(llama: Llama, chars, prompt: list[int], n: int) -> str:

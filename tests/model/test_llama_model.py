@@ -131,7 +131,7 @@ def test_a_call_with_a_cache_records_no_gradients(make: Make, tiny_config: Llama
     assert not cache.keys[0].requires_grad
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float32, torch.int8])
 def test_bfloat16(make: Make, tiny_config: LlamaConfig, tokens: Tensor, cache_dtype: torch.dtype) -> None:
     exact = make(tiny_config)
     reference = exact(tokens).log_softmax(-1)

@@ -140,6 +140,16 @@ def test_damaged_lines_name_file_and_line(tmp_path: Path, line: str, message: st
         read_records(path)
 
 
+def test_records_of_an_older_schema_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    data = json.loads(to_json_line(record()))
+    assert data["schema_version"] == 2
+    del data["subject"]["kv_cache"]
+    path.write_text(json.dumps(data | {"schema_version": 1}) + "\n")
+    (old,) = read_records(path)
+    assert (old.schema_version, old.subject.kv_cache) == (1, None)
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.jsonl: No such file"):
         read_records(tmp_path / "none.jsonl")

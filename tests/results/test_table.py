@@ -9,7 +9,7 @@ import pytest
 
 from llmq.errors import UsageError
 from llmq.results.markdown import is_fresh, to_markdown, update_marked_section
-from llmq.results.record import Environment, Kind, Metric, Protocol, ResultRecord, Subject
+from llmq.results.record import Cache, Environment, Kind, Metric, Protocol, ResultRecord, Subject
 from llmq.results.table import Column, Table, comparison_table
 
 HERE = Environment(
@@ -245,3 +245,35 @@ def test_a_marked_section_is_replaced_and_then_fresh() -> None:
 def test_a_document_without_its_markers_is_refused(document: str) -> None:
     with pytest.raises(UsageError, match="needs one line '<!-- begin speed -->'"):
         update_marked_section(document, "speed", SMALL)
+
+
+BF16_CACHE = {"kv_cache": Cache(dtype="bf16", bytes_per_token=4096, context_tokens=256)}
+INT8_CACHE = {"kv_cache": Cache(dtype="int8", bytes_per_token=2304, context_tokens=256)}
+
+
+def test_one_cache_is_said_above_the_table() -> None:
+    table = comparison_table([*quality("bf16", 20, 0, subject=INT8_CACHE), *quality("int4", 21, 0.02, subject=INT8_CACHE)])
+    assert table.header["KV cache"] == "int8, 2.30 kB a token, 590 kB a sequence at the context's limit of 256 tokens"
+    assert [row[0] for row in table.rows] == ["bf16", "int4"]
+    assert not any(column.heading.startswith("KV") for column in table.columns)
+    assert table.title == "tiny: 2 schemes"
+
+
+def test_several_caches_are_rows_of_their_own() -> None:
+    records = [*quality("bf16", 20, 0, subject=BF16_CACHE), *quality("bf16", 20.1, 0.0002, subject=INT8_CACHE)]
+    table = comparison_table([*records, *quality("int4", 21, 0.02, subject=INT8_CACHE)])
+    assert [row[0] for row in table.rows] == ["bf16 kv=bf16", "bf16 kv=int8", "int4 kv=int8"]
+    assert [column.heading for column in table.columns][-2:] == ["KV/token", "KV at limit"]
+    assert [row[-2:] for row in table.rows] == [("4.10 kB", "1.05 MB"), ("2.30 kB", "590 kB"), ("2.30 kB", "590 kB")]
+    assert table.title == "tiny: 2 schemes, 2 KV caches"
+    assert "KV cache" not in table.header
+    assert not table.notes  # no record gave way to another
+
+
+def test_records_that_do_not_say_their_cache() -> None:
+    old = comparison_table([*quality("bf16", 20, 0), *quality("int4", 21, 0.02)])
+    assert "KV cache" not in old.header
+    assert [row[0] for row in old.rows] == ["bf16", "int4"]
+    assert not any(column.heading.startswith("KV") for column in old.columns)
+    mixed = comparison_table([*quality("bf16", 20, 0), *quality("bf16", 20, 0, subject=BF16_CACHE)])
+    assert [(row[0], row[-1]) for row in mixed.rows] == [("bf16 kv=unknown", "–"), ("bf16 kv=bf16", "1.05 MB")]

@@ -62,8 +62,16 @@ def test_the_constraints_pin_everything_that_is_depended_on() -> None:
 
 @pytest.mark.slow
 def test_results_are_measured_whole(tmp_path: Path) -> None:
-    run_script("measure_results.py", "--limit", "2", "--groups", "32", "--out", str(tmp_path))
+    run_script("measure_results.py", "--limit", "2", "--groups", "32", "--kv-caches", "bf16,int8", "--out", str(tmp_path))
     records = read_records(tmp_path / "wt2-8m-g32.jsonl")
     assert {record.kind for record in records} == {"perplexity", "divergence", "prefill", "decode"}
     assert len({record.subject.scheme for record in records}) == 6
-    assert [path.name for path in tmp_path.iterdir()] == ["wt2-8m-g32.jsonl"]
+    assert {record.subject.kv_cache.dtype for record in records if record.subject.kv_cache} == {"bf16"}
+    caches = read_records(tmp_path / "wt2-8m-kv.jsonl")
+    assert [(record.kind, record.subject.kv_cache and record.subject.kv_cache.dtype) for record in caches] == [
+        ("perplexity", "bf16"),
+        ("divergence", "bf16"),
+        ("perplexity", "int8"),
+        ("divergence", "int8"),
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["wt2-8m-g32.jsonl", "wt2-8m-kv.jsonl"]
