@@ -219,6 +219,9 @@ def test_eval_tasks_runs_a_local_task(wt2_8m: Path, tmp_path: Path) -> None:
     record = records_of(run_llmq(*arguments, "--json"))[0]
     assert (record["kind"], record["protocol"]["params"]["n_documents"]) == ("tasks", 2)
     assert record["metrics"]["acc"]["value"] == 1.0  # words against letters in no order
+    again = records_of(run_llmq(*arguments, "--kv-cache", "int8", "--json"))[0]
+    assert again["subject"]["kv_cache"]["dtype"] == "int8"
+    assert again["metrics"]["acc"]["value"] == 1.0
 
 
 def test_bench_kernels_and_bandwidth() -> None:
