@@ -13,6 +13,8 @@ from llmq.ops.reference import quantize_activation
 from llmq.ops.schema import Case
 
 _UNIT_FP32 = 2.0**-24
+_BLOCK = 256
+"""Most inputs that share a step in `native`'s 16-bit block floating point."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,9 @@ def exact_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, case: 
     counts the scalings and the bias. Rounding to the result's dtype adds half an ulp of the result, and kernels that round
     before they add the bias add half an ulp of what they rounded.
 
+    Where bf16 activations meet integer weights, kernels may take x as 16-bit block floating point (`native`): the inputs of a
+    group, at most 256 at a time, share a step of at most 2**-13 of their largest, so each is off by at most half of it.
+
     Args:
         x: [M, K] of `case.dtype`.
         weight: [N, K].
@@ -48,6 +53,8 @@ def exact_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, case: 
     terms = activations.abs() @ _magnitude(weight).T + (0 if bias is None else bias.double().abs())
     half_ulp = torch.finfo(case.dtype).eps / 2
     bound = _gamma(case.k + 8) * terms + half_ulp * (1 + 2 * _UNIT_FP32) * (y.abs() + (0 if bias is None else product.abs()))
+    if case.format.activation is None and case.dtype == torch.bfloat16 and isinstance(weight.grid, IntGrid):
+        bound = bound + 2.0**-14 * _block_terms(activations, w, weight.grid)
     if case.dtype == torch.float16:
         bound = bound + torch.finfo(torch.float16).smallest_normal * half_ulp  # subnormals
     return Exact(y, bound)
@@ -73,6 +80,18 @@ def worst_element(got: Tensor, exact: Exact) -> str | None:
         f"element ({m}, {n}) is {value:.9g} where {expected:.9g} +- {bound:.3g} was expected; "
         f"{outside.double().mean().item():.1%} of {list(got.shape)} are outside, first rows {rows}, columns {columns}"
     )
+
+
+def _block_terms(x: Tensor, w: Tensor, grid: IntGrid) -> Tensor:
+    """Return the sum over blocks of inputs of (largest |x| of the block) * (sum of its |w|), fp64 [M, N]."""
+    k = x.shape[1]
+    group = grid.group_size or k
+    terms = x.new_zeros(x.shape[0], w.shape[0])
+    for begin in range(0, k, group):
+        for start in range(begin, begin + group, _BLOCK):
+            stop = min(start + _BLOCK, begin + group)
+            terms += x[:, start:stop].abs().amax(dim=1, keepdim=True) * w[:, start:stop].abs().sum(dim=1)
+    return terms
 
 
 def _magnitude(weight: QuantizedWeight) -> Tensor:

@@ -6,14 +6,14 @@ import functools
 
 from llmq.errors import KernelError, suggest
 from llmq.ops.aten import AtenInt4PackCpu, AtenInt8Pack, AtenIntMm
-from llmq.ops.cpu import NativeInt8Dynamic
+from llmq.ops.cpu import NATIVE_KERNELS
 from llmq.ops.cuda import CudaIntMm, Tinygemm
 from llmq.ops.dense import DenseUpcast, DequantGemm, TorchDense
 from llmq.ops.reference import Reference
 from llmq.ops.schema import Kernel
 
 KERNELS: tuple[Kernel, ...] = (
-    NativeInt8Dynamic(),
+    *NATIVE_KERNELS,
     AtenIntMm(),
     CudaIntMm(),
     Tinygemm(),
