@@ -9,6 +9,8 @@
 //   template <int R, int P> static void micro8(const Micro&)
 //   template <int R> static void micro4(const Micro&)         nibbles, as they are packed
 //   template <int R> static void micro4_bytes(const Micro&)   expanded, where kExpand4
+//   template <int R> static void dot4(const uint8_t* weights, const uint8_t* const* planes, int64_t size, Words (*sums)[2])
+//                                                             micro4 for a single row: always inlined, sums in registers
 //
 // A micro kernel adds products of codes, exactly. Everything else, the offsets of codes and the scales, is done here.
 #pragma once
@@ -47,6 +49,28 @@ static const uint8_t kOnes[kBlock] = {
 constexpr int64_t kSpanBytes = 256 * 1024;
 // Inputs of a row with one scale that all rows of a tile use before the next have their turn: 16 KiB of a panel, in L1.
 constexpr int64_t kPieceInputs = 1024;
+
+// Eight lanes, for the compiler to map to whatever registers there are. It does not find them by itself in a loop over arrays
+// of which it cannot know that they do not overlap.
+constexpr int64_t kLanes = 8;
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+template <class Vector>
+static inline __attribute__((always_inline)) Vector load_lanes(const void* from) {
+  Vector lanes;
+  memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+
+// What a row brings to the sums of one block.
+struct RowFactors {
+  uint32_t sum, zero;  // of its codes; its zero point
+  float step, all;     // what a code is worth; what they are worth together
+};
+constexpr int64_t kRowBlocks = 1024;  // most blocks of a row whose factors lie on the stack: K up to 32,768 in groups of 32
 
 // Scales and zero points of one group of 16 outputs, as numbers.
 struct Header {
@@ -124,46 +148,58 @@ struct IntTile {
     }
   }
 
-  // Sums of one block to numbers: `rows` rows whose planes' sums are [rows * planes][16].
+  // What the rows of a tile need to turn the sums of one block into numbers.
   struct Flush {
     const TileJob& job;
     const Block& block;
     const Header& header;
-    const int32_t* ones;  // [16]: sums of the stored codes, for activations with a zero point
+    const int32_t* codes;  // [16]: sums of the codes themselves, for activations with a zero point
   };
 
+  // Sums [rows * kPlanes][16] of one block, scaled and added to `numbers`. What a format lacks is not compiled in: this
+  // follows every 32 to 256 inputs.
+  template <int kPlanes, int kZero, bool kCodes>
   static void flush(const Flush& f, int64_t row, int64_t rows, const int32_t* sums, float (*numbers)[kPanel]) {
-    const LlmqLinear& linear = *f.job.linear;
     const Rows& x = f.job.rows;
-    const bool blocks_scaled = linear.activation == LLMQ_ACTIVATION_FLOAT;
-    for (int64_t r = 0; r < rows; ++r, sums += x.planes * kPanel) {
+    const bool blocks_scaled = f.job.linear->activation == LLMQ_ACTIVATION_FLOAT;
+    for (int64_t r = 0; r < rows; ++r, sums += kPlanes * kPanel) {
       const int64_t at = (row + r) * f.job.layout->blocks + f.block.index;
       const uint32_t row_sum = static_cast<uint32_t>(x.sum[at]);
       const float step = blocks_scaled ? x.scale[at] : 1.0f;
-      uint32_t exact[kPanel];  // modulo 2^32; the true sum fits
-      if (x.planes == 2) {
-        for (int64_t j = 0; j < kPanel; ++j) {
-          exact[j] = (static_cast<uint32_t>(sums[j]) << 8) + static_cast<uint32_t>(sums[kPanel + j]);
+      const uint32_t offset = static_cast<uint32_t>(kInt4 ? 8 : kStored) * row_sum;
+      const uint32_t zero = kCodes ? static_cast<uint32_t>(x.zero[row + r]) : 0;
+      const float all = static_cast<float>(static_cast<int32_t>(row_sum)) * step;
+      for (int64_t j = 0; j < kPanel; j += kLanes) {
+        Words exact = load_lanes<Words>(sums + j);  // modulo 2^32; the true sum fits
+        if constexpr (kPlanes == 2) exact = (exact << 8) + load_lanes<Words>(sums + kPanel + j);
+        if constexpr (kZero == LLMQ_ZERO_INT) {
+          exact -= load_lanes<Words>(f.header.offset + j) * row_sum;
+        } else {
+          exact -= offset;
         }
-      } else {
-        for (int64_t j = 0; j < kPanel; ++j) exact[j] = static_cast<uint32_t>(sums[j]);
-      }
-      for (int64_t j = 0; j < kPanel; ++j) exact[j] -= static_cast<uint32_t>(f.header.offset[j]) * row_sum;
-      if (f.ones) {
-        const uint32_t zero = static_cast<uint32_t>(x.zero[row + r]), size = static_cast<uint32_t>(f.block.size);
-        for (int64_t j = 0; j < kPanel; ++j) {
-          exact[j] -= zero * (static_cast<uint32_t>(f.ones[j]) - size * static_cast<uint32_t>(f.header.offset[j]));
-        }
-      }
-      float* out = numbers[r];
-      for (int64_t j = 0; j < kPanel; ++j) {
-        out[j] += static_cast<float>(static_cast<int32_t>(exact[j])) * (f.header.scale[j] * step);
-      }
-      if (linear.zero == LLMQ_ZERO_FLOAT) {
-        const float all = static_cast<float>(static_cast<int32_t>(row_sum)) * step;
-        for (int64_t j = 0; j < kPanel; ++j) out[j] += f.header.zero[j] * all;
+        if constexpr (kCodes) exact -= load_lanes<Words>(f.codes + j) * zero;
+        Floats number = load_lanes<Floats>(numbers[r] + j);
+        number += __builtin_convertvector(reinterpret_cast<Ints>(exact), Floats) *
+                  (load_lanes<Floats>(f.header.scale + j) * step);
+        if constexpr (kZero == LLMQ_ZERO_FLOAT) number += load_lanes<Floats>(f.header.zero + j) * all;
+        memcpy(numbers[r] + j, &number, sizeof(number));
       }
     }
+  }
+
+  using FlushFunction = void (*)(const Flush&, int64_t, int64_t, const int32_t*, float (*)[kPanel]);
+
+  static FlushFunction flush_of(const LlmqLinear& linear, int32_t planes) {
+    if constexpr (!kInt4) return planes == 2 ? flush<2, LLMQ_ZERO_NONE, false> : flush<1, LLMQ_ZERO_NONE, false>;
+    const bool whole = linear.zero == LLMQ_ZERO_INT;
+    if (linear.activation == LLMQ_ACTIVATION_UINT8) {
+      return whole ? flush<1, LLMQ_ZERO_INT, true> : flush<1, LLMQ_ZERO_NONE, true>;
+    }
+    if (linear.activation == LLMQ_ACTIVATION_INT8) {
+      return whole ? flush<1, LLMQ_ZERO_INT, false> : flush<1, LLMQ_ZERO_NONE, false>;
+    }
+    if (linear.zero == LLMQ_ZERO_FLOAT) return flush<2, LLMQ_ZERO_FLOAT, false>;
+    return whole ? flush<2, LLMQ_ZERO_INT, false> : flush<2, LLMQ_ZERO_NONE, false>;
   }
 
   static void tile(const TileJob& job) {
@@ -185,6 +221,8 @@ struct IntTile {
         }
         for (; p < job.panel_end; ++p) exact_span<1>(job, p, k, end, piece, &sums);
       }
+    } else if (kInt4 && rows == 1 && layout.blocks <= kRowBlocks) {
+      if constexpr (kInt4) row_tile(job, &sums);
     } else {
       memset(&sums, 0, static_cast<size_t>(job.panel_end - job.panel_begin) * sizeof(sums.number[0]));
       const int64_t span = one_micro ? layout.blocks : max_of(1, kSpanBytes / (rows * row_codes * layout.block));
@@ -234,8 +272,9 @@ struct IntTile {
     const uint8_t* base = job.linear->packed + panel * layout.panel_bytes;
     const bool expand = kInt4 && Isa::kExpand4 && rows * planes > kMicroRows;
     constexpr int kMostRows = kMicroRows < 2 ? 1 : kMicroRows;
-    alignas(kLine) int32_t sums[kMostRows][kPanel], ones[kPanel];
+    alignas(kLine) int32_t sums[kMostRows][kPanel], codes[kPanel];
     alignas(kLine) uint8_t bytes[kInt4 && Isa::kExpand4 ? kBlock * kPanel : 1];
+    const FlushFunction flush_rows = flush_of(*job.linear, planes);
     Header header = {};
     Micro operands;
     operands.plane_bytes = job.rows.plane_bytes;
@@ -247,11 +286,11 @@ struct IntTile {
       if (block.first_of_group || b == begin) load_header(*job.linear, layout, base + block.header, &header);
       operands.size = round_up(block.size, kStep);
       operands.weights = base + block.offset;
-      const bool needs_ones = job.linear->activation == LLMQ_ACTIVATION_UINT8;
-      if (needs_ones) {
+      if (job.linear->activation == LLMQ_ACTIVATION_UINT8) {
         operands.codes = kOnes;
-        operands.sums = ones;
+        operands.sums = codes;
         micro<1, false>(1, operands);
+        for (int64_t j = 0; j < kPanel; ++j) codes[j] -= static_cast<int32_t>(block.size) * header.offset[j];
       }
       if constexpr (kInt4 && Isa::kExpand4) {
         if (expand) {
@@ -259,7 +298,7 @@ struct IntTile {
           operands.weights = bytes;
         }
       }
-      const Flush how = {job, block, header, needs_ones ? ones : nullptr};
+      const Flush how = {job, block, header, codes};
       operands.sums = &sums[0][0];
       const int64_t most = kMicroRows / planes;
       int64_t row = 0;
@@ -271,9 +310,98 @@ struct IntTile {
         } else {
           micro<1, false>(count * planes, operands);
         }
-        flush(how, at, count, &sums[0][0], numbers + row);
+        flush_rows(how, at, count, &sums[0][0], numbers + row);
         row += count;
       }
+    }
+  }
+
+  // One row times one panel of int4 weights: a decode step. Everything stays in registers from the first block to the last;
+  // going through memory after each block, as for many rows, would take as long as the products.
+  template <int kPlanes, int kZero, bool kCodes>
+  static void row_span(const TileJob& job, int64_t panel, const RowFactors* factors, float* numbers) {
+    const Layout& layout = *job.layout;
+    const uint8_t* base = job.linear->packed + panel * layout.panel_bytes;
+    const uint8_t* codes = job.rows.codes + job.row_begin * job.rows.planes * job.rows.plane_bytes;
+    const bool wide_scale = job.linear->scale == LLMQ_SCALE_F32;
+    Floats sums[2] = {}, scale[2] = {}, zero[2] = {};
+    Words offset[2] = {};
+    for (int64_t b = 0; b < layout.blocks; ++b) {
+      const Block block = block_at(layout, b);
+      const uint8_t* header = base + block.header;
+      if (block.first_of_group) {
+        load_pair(header, wide_scale, scale);
+        if constexpr (kZero == LLMQ_ZERO_FLOAT) load_pair(header + layout.zero_offset, wide_scale, zero);
+        if constexpr (kZero == LLMQ_ZERO_INT) {
+          for (int64_t j = 0; j < kPanel; ++j) offset[j / kLanes][j % kLanes] = header[layout.zero_offset + j];
+        }
+      }
+      constexpr int kDots = kCodes ? 2 : kPlanes;
+      const uint8_t* planes[2] = {codes + block.begin, kCodes ? kOnes : codes + job.rows.plane_bytes + block.begin};
+      Words dots[2][2];
+      Isa::template dot4<kDots>(base + block.offset, planes, round_up(block.size, kStep), dots);
+      const RowFactors& row = factors[b];
+      for (int h = 0; h < 2; ++h) {
+        Words exact = dots[0][h];
+        if constexpr (kPlanes == 2) exact = (exact << 8) + dots[1][h];
+        if constexpr (kZero == LLMQ_ZERO_INT) {
+          exact -= offset[h] * row.sum;
+        } else {
+          exact -= 8 * row.sum;
+        }
+        if constexpr (kCodes) {
+          const uint32_t size = static_cast<uint32_t>(block.size);
+          exact -= (kZero == LLMQ_ZERO_INT ? dots[1][h] - offset[h] * size : dots[1][h] - 8 * size) * row.zero;
+        }
+        sums[h] += __builtin_convertvector(reinterpret_cast<Ints>(exact), Floats) * (scale[h] * row.step);
+        if constexpr (kZero == LLMQ_ZERO_FLOAT) sums[h] += zero[h] * row.all;
+      }
+    }
+    memcpy(numbers, sums, sizeof(sums));
+  }
+
+  // Sixteen fp32 or bf16 numbers, widened.
+  static inline __attribute__((always_inline)) void load_pair(const uint8_t* from, bool wide, Floats* numbers) {
+    for (int h = 0; h < 2; ++h) {
+      if (wide) {
+        numbers[h] = load_lanes<Floats>(from + 32 * h);
+      } else {
+        const Halves halves = load_lanes<Halves>(from + 16 * h);
+        numbers[h] = reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+      }
+    }
+  }
+
+  using RowFunction = void (*)(const TileJob&, int64_t, const RowFactors*, float*);
+
+  static RowFunction row_of(const LlmqLinear& linear) {
+    const bool whole = linear.zero == LLMQ_ZERO_INT;
+    if (linear.activation == LLMQ_ACTIVATION_UINT8) {
+      return whole ? row_span<1, LLMQ_ZERO_INT, true> : row_span<1, LLMQ_ZERO_NONE, true>;
+    }
+    if (linear.activation == LLMQ_ACTIVATION_INT8) {
+      return whole ? row_span<1, LLMQ_ZERO_INT, false> : row_span<1, LLMQ_ZERO_NONE, false>;
+    }
+    if (linear.zero == LLMQ_ZERO_FLOAT) return row_span<2, LLMQ_ZERO_FLOAT, false>;
+    return whole ? row_span<2, LLMQ_ZERO_INT, false> : row_span<2, LLMQ_ZERO_NONE, false>;
+  }
+
+  // Panels of the tile's only row.
+  static void row_tile(const TileJob& job, Sums* sums) {
+    RowFactors factors[kRowBlocks];
+    const int64_t blocks = job.layout->blocks;
+    const bool blocks_scaled = job.linear->activation == LLMQ_ACTIVATION_FLOAT;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t at = job.row_begin * blocks + b;
+      RowFactors& row = factors[b];
+      row.sum = static_cast<uint32_t>(job.rows.sum[at]);
+      row.step = blocks_scaled ? job.rows.scale[at] : 1.0f;
+      row.all = static_cast<float>(static_cast<int32_t>(row.sum)) * row.step;
+      row.zero = job.linear->activation == LLMQ_ACTIVATION_UINT8 ? static_cast<uint32_t>(job.rows.zero[job.row_begin]) : 0;
+    }
+    const RowFunction row_span = row_of(*job.linear);
+    for (int64_t p = job.panel_begin; p < job.panel_end; ++p) {
+      row_span(job, p, factors, sums->number[p - job.panel_begin][0]);
     }
   }
 

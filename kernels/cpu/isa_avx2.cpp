@@ -85,12 +85,14 @@ struct Isa {
     }
   }
 
-  // kSteps steps of 8 inputs, at most 4. Unrolled: int16 sums begin and end here, and a loop would cost them their registers.
+  // kSteps steps of 8 inputs, at most 4, into int16 sums. Unrolled: they begin and end here, and a loop would cost them their
+  // registers.
   template <int R, int kSteps>
-  static inline __attribute__((always_inline)) void part4(const uint8_t* weights, const uint8_t* codes,
-                                                          int64_t plane_bytes, int32_t* sums, bool add) {
+  static inline __attribute__((always_inline)) void products4(const uint8_t* weights, const uint8_t* const* planes,
+                                                              int64_t k, __m256i* low, __m256i* high) {
     const __m256i nibble = _mm256_set1_epi8(15);
-    __m256i low[R], high[R];
+    LLMQ_UNROLL
+    for (int r = 0; r < R; ++r) low[r] = high[r] = _mm256_setzero_si256();
     LLMQ_UNROLL
     for (int s = 0; s < kSteps; ++s) {
       prefetch(weights + 64 * s);
@@ -100,13 +102,41 @@ struct Isa {
       const __m256i last_high = _mm256_and_si256(_mm256_srli_epi16(w_high, 4), nibble);
       LLMQ_UNROLL
       for (int r = 0; r < R; ++r) {
-        const uint8_t* row = codes + r * plane_bytes + 8 * s;
-        if (s == 0) low[r] = high[r] = _mm256_setzero_si256();
-        add_products(row, first_low, first_high, &low[r], &high[r]);
-        add_products(row + 4, last_low, last_high, &low[r], &high[r]);
+        add_products(planes[r] + k + 8 * s, first_low, first_high, &low[r], &high[r]);
+        add_products(planes[r] + k + 8 * s + 4, last_low, last_high, &low[r], &high[r]);
       }
     }
-    widen<R>(sums, low, high, add);
+  }
+
+  template <int R>
+  static inline __attribute__((always_inline)) void dot4(const uint8_t* weights, const uint8_t* const* planes,
+                                                         int64_t size, Words (*sums)[2]) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i low[R], high[R], low32[R], high32[R];
+    LLMQ_UNROLL
+    for (int r = 0; r < R; ++r) low32[r] = high32[r] = _mm256_setzero_si256();
+    int64_t k = 0;
+    for (; k + 32 <= size; k += 32, weights += 256) {
+      products4<R, 4>(weights, planes, k, low, high);
+      LLMQ_UNROLL
+      for (int r = 0; r < R; ++r) {
+        low32[r] = _mm256_add_epi32(low32[r], _mm256_madd_epi16(low[r], ones));
+        high32[r] = _mm256_add_epi32(high32[r], _mm256_madd_epi16(high[r], ones));
+      }
+    }
+    for (; k < size; k += 8, weights += 64) {
+      products4<R, 1>(weights, planes, k, low, high);
+      LLMQ_UNROLL
+      for (int r = 0; r < R; ++r) {
+        low32[r] = _mm256_add_epi32(low32[r], _mm256_madd_epi16(low[r], ones));
+        high32[r] = _mm256_add_epi32(high32[r], _mm256_madd_epi16(high[r], ones));
+      }
+    }
+    LLMQ_UNROLL
+    for (int r = 0; r < R; ++r) {
+      sums[r][0] = reinterpret_cast<Words>(low32[r]);
+      sums[r][1] = reinterpret_cast<Words>(high32[r]);
+    }
   }
 
   // Adds int16 pairs to the int32 sums in memory, or sets them.
@@ -127,12 +157,17 @@ struct Isa {
   template <int R>
   LLMQ_ALONE static void micro4(const Micro& o) {
     const uint8_t *weights = o.weights, *codes = o.codes;
+    const uint8_t* planes[R];
+    for (int r = 0; r < R; ++r) planes[r] = codes + r * o.plane_bytes;
+    __m256i low[R], high[R];
     int64_t k = 0;
-    for (; k + 32 <= o.size; k += 32, weights += 256, codes += 32) {
-      part4<R, 4>(weights, codes, o.plane_bytes, o.sums, k > 0);
+    for (; k + 32 <= o.size; k += 32, weights += 256) {
+      products4<R, 4>(weights, planes, k, low, high);
+      widen<R>(o.sums, low, high, k > 0);
     }
-    for (; k < o.size; k += 8, weights += 64, codes += 8) {
-      part4<R, 1>(weights, codes, o.plane_bytes, o.sums, k > 0);
+    for (; k < o.size; k += 8, weights += 64) {
+      products4<R, 1>(weights, planes, k, low, high);
+      widen<R>(o.sums, low, high, k > 0);
     }
   }
 

@@ -85,6 +85,29 @@ struct Isa {
     for (int r = 0; r < R; ++r) _mm512_storeu_si512(o.sums + r * kPanel, sums[r]);
   }
 
+  template <int R>
+  static inline __attribute__((always_inline)) void dot4(const uint8_t* weights, const uint8_t* const* planes,
+                                                         int64_t size, Words (*sums)[2]) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    __m512i first_sums[R], last_sums[R];  // two chains for each plane, so that none waits for itself
+    LLMQ_UNROLL
+    for (int r = 0; r < R; ++r) first_sums[r] = last_sums[r] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < size; k += kStep, weights += kPanel * kStep / 2) {
+      prefetch(weights);
+      const __m512i w = _mm512_loadu_si512(weights);
+      const __m512i first = _mm512_and_si512(w, nibble), last = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);
+      LLMQ_UNROLL
+      for (int r = 0; r < R; ++r) {
+        first_sums[r] = _mm512_dpbusd_epi32(first_sums[r], first, _mm512_set1_epi32(load_lane(planes[r] + k)));
+        last_sums[r] = _mm512_dpbusd_epi32(last_sums[r], last, _mm512_set1_epi32(load_lane(planes[r] + k + 4)));
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const __m512i sum = _mm512_add_epi32(first_sums[r], last_sums[r]);
+      memcpy(sums[r], &sum, sizeof(sum));
+    }
+  }
+
   template <int R, int P, bool kBf16>
   LLMQ_ALONE static void micro_float(const MicroFloat& o) {
     __m512 sums[R][P];

@@ -64,6 +64,16 @@ struct Isa {
     memcpy(o.sums, sums, sizeof(sums));
   }
 
+  template <int R>
+  static inline void dot4(const uint8_t* weights, const uint8_t* const* planes, int64_t size, Words (*sums)[2]) {
+    int32_t parts[R][kPanel];
+    for (int r = 0; r < R; ++r) {
+      Micro operands = {planes[r], 0, weights, 0, size, false, parts[r], 0};
+      micro4<1>(operands);
+    }
+    memcpy(sums, parts, sizeof(parts));
+  }
+
   template <int R, int P, bool kBf16>
   static void micro_float(const MicroFloat& o) {
     float sums[R][kPanel];

@@ -89,6 +89,31 @@ struct Isa {
     stop<R>(o, sums);
   }
 
+  template <int R>
+  static inline void dot4(const uint8_t* weights, const uint8_t* const* planes, int64_t size, Words (*sums)[2]) {
+    const uint8x16_t nibble = vdupq_n_u8(15);
+    int32x4_t parts[R][4];
+    LLMQ_UNROLL
+    for (int r = 0; r < R; ++r) {
+      LLMQ_UNROLL
+      for (int v = 0; v < 4; ++v) parts[r][v] = vdupq_n_s32(0);
+    }
+    for (int64_t k = 0; k < size; k += kStep, weights += kPanel * kStep / 2) {
+      LLMQ_UNROLL
+      for (int v = 0; v < 4; ++v) {
+        const uint8x16_t both = vld1q_u8(weights + 16 * v);
+        const int8x16_t first = vreinterpretq_s8_u8(vandq_u8(both, nibble));
+        const int8x16_t last = vreinterpretq_s8_u8(vshrq_n_u8(both, 4));
+        LLMQ_UNROLL
+        for (int r = 0; r < R; ++r) {
+          parts[r][v] = vdotq_s32(parts[r][v], first, four_codes(planes[r] + k));
+          parts[r][v] = vdotq_s32(parts[r][v], last, four_codes(planes[r] + k + 4));
+        }
+      }
+    }
+    memcpy(sums, parts, sizeof(parts));
+  }
+
   template <int R, int P, bool kBf16>
   static void micro_float(const MicroFloat& o) {
     float32x4_t sums[R][P][4];
