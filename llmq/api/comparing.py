@@ -143,7 +143,7 @@ def compare_schemes(request: CompareRequest, setup: Setup | None = None, *, prog
     records: list[ResultRecord] = []
     models: list[Loaded] = []
     bandwidth = machine_bandwidth(reference.setup, progress) if plan else None
-    with ReferenceLogits(reference.model, reference.tokenizer, text, protocol) as logits:
+    with ReferenceLogits(reference.runner, reference.tokenizer, text, protocol) as logits:
         logits.perplexity(progress=progress)
         for recipe in recipes:
             told = Named(recipe.scheme, progress)
@@ -154,14 +154,14 @@ def compare_schemes(request: CompareRequest, setup: Setup | None = None, *, prog
                 if plan and resident:
                     models.append(loaded)
                 elif plan:
-                    report = bench_model(loaded.model, plan, kv_dtype=loaded.kv_dtype, bandwidth=bandwidth, progress=told)
-                    records += report.records(loaded.subject(), loaded.setup.environment())
+                    report = bench_model(loaded.runner, plan, kv_dtype=loaded.kv_dtype, bandwidth=bandwidth, progress=told)
+                    records += report.records(loaded.subject(), loaded.setup.environment(), notes=[loaded.runtime.note])
     if plan and resident:
         kv_dtypes = [loaded.kv_dtype for loaded in models]
-        turns = [loaded.model for loaded in models]
+        turns = [loaded.runner for loaded in models]
         reports = bench_models(turns, plan, kv_dtypes=kv_dtypes, bandwidth=bandwidth, progress=progress)
         for loaded, report in zip(models, reports, strict=True):
-            records += report.records(loaded.subject(), loaded.setup.environment())
+            records += report.records(loaded.subject(), loaded.setup.environment(), notes=[loaded.runtime.note])
     elif plan:
         progress.note("speed was measured one scheme after another: all models together do not fit into memory")
     return Comparison(comparison_table(records), records)

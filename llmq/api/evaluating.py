@@ -102,7 +102,7 @@ def evaluate_model(
                 f"{other.model.config.vocab_size} tokens; a divergence is only defined between models of one vocabulary."
             )
         with (
-            ReferenceLogits(other.model, other.tokenizer, text, protocol, budget_bytes=0) as logits,
+            ReferenceLogits(other.runner, other.tokenizer, text, protocol, budget_bytes=0) as logits,
             record_usage() as usage,
         ):
             both = evaluate_candidate(scored(loaded), loaded.tokenizer, text, protocol, reference=logits, progress=progress)
@@ -118,7 +118,7 @@ def evaluate_model(
 
 def scored(loaded: Loaded) -> LanguageModel:
     """The model as its quality is measured: behind its KV cache."""
-    return scored_with(loaded.model, loaded.kv_dtype)
+    return scored_with(loaded.runner, loaded.kv_dtype)
 
 
 def quality_records(
@@ -163,8 +163,8 @@ def quality_records(
 
 
 def notes_of(loaded: Loaded, text: TextSource) -> list[str]:
-    """What a reader of the figures has to know: what was skipped, what fell back, whether calibration saw the text."""
-    notes = list(loaded.checkpoint.notes)
+    """What a reader of the figures has to know: what ran, what was skipped, what fell back, whether calibration saw it."""
+    notes = [*loaded.checkpoint.notes, loaded.runtime.note]
     if loaded.coverage is not None:
         linears = set(linear_fqns(loaded.model)) - {HEAD}
         notes += [f"{fqn} left alone: {reason}" for fqn, reason in loaded.coverage.skipped.items() if fqn in linears]
@@ -194,7 +194,7 @@ def evaluate_on_tasks(
     options = TaskOptions(request.limit, request.num_fewshot, request.include_path, None, setup.seed, loaded.kv_dtype)
     with record_usage() as usage:
         results = run_tasks(
-            loaded.model,
+            loaded.runner,
             loaded.tokenizer,
             request.tasks,
             options=options,
@@ -225,6 +225,7 @@ def evaluate_on_tasks(
                 },
                 kernels=usage.linears(),
                 environment=environment,
+                notes=[loaded.runtime.note],
             )
         )
     return records

@@ -40,7 +40,7 @@ def complete(
     # some formats (llama2.c, Meta) do not say where a text ends; their tokenizer does
     ends = loaded.model.config.eos_token_ids or tuple(token for token in (tokenizer.eos_id,) if token is not None)
     tokens = generate(
-        loaded.model,
+        loaded.runner,
         prompt_tokens,
         stop=ends,
         max_new_tokens=most,

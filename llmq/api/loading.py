@@ -24,6 +24,9 @@ from llmq.errors import UsageError, suggest
 from llmq.model.config import LlamaConfig
 from llmq.model.kv_cache import AUTO, kv_bytes_per_token, kv_dtype, kv_name
 from llmq.model.llama import Llama
+from llmq.model.native import NativeLlama
+from llmq.model.runtime import AUTO as ANY_RUNTIME
+from llmq.model.runtime import Runtime, check_runtime, choose_runtime
 from llmq.model.tokenizer import Tokenizer
 from llmq.ops.select import KernelChoice, prepare
 from llmq.progress import SILENT, Progress
@@ -47,7 +50,7 @@ class Setup:
     """Where and how a model runs.
 
     `dtype` is one of `DTYPES`; `kernel` None lets `ops.select` choose; `kv_cache` is `AUTO`, the model's own dtype, or one of
-    `KV_DTYPES`.
+    `KV_DTYPES`; `runtime` is one of `model.runtime.RUNTIMES`.
     """
 
     device: str = "cpu"
@@ -56,6 +59,7 @@ class Setup:
     kernel: str | None = None
     seed: int = 0
     kv_cache: str = AUTO
+    runtime: str = ANY_RUNTIME
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -67,6 +71,7 @@ class Setup:
     def apply(self) -> None:
         """Set torch's thread count and seed; check the device and the dtypes."""
         kv_dtype(self.kv_cache, self.torch_dtype)  # refuses unknown ones before anything is loaded
+        check_runtime(self.runtime)
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"unknown device {self.device!r}; allowed are cpu and cuda.")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -165,7 +170,18 @@ class Loaded:
         """The same model, with nothing copied, to be run with another KV cache."""
         other = copy(self)
         other.setup = replace(self.setup, kv_cache=name)
+        other.__dict__.pop("runtime", None)  # chosen for the other cache
         return other
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """What runs the model, chosen at the first call: the weights must be laid out for their kernels by then."""
+        return choose_runtime(self.model, self.setup.runtime, kv_dtype=self.kv_dtype)
+
+    @property
+    def runner(self) -> Llama | NativeLlama:
+        """The model as everything but calibration runs it."""
+        return self.runtime.runner
 
     def subject(self, *, with_tokenizer: bool = True, with_cache: bool = True) -> Subject:
         """What a result record says of the model; the KV cache is left out where no token is computed."""
@@ -196,7 +212,7 @@ def open_model(path: str, recipe: Recipe | None = None, setup: Setup | None = No
     Raises:
         InputError: the checkpoint, tokenizer or calibration text cannot be used.
         SchemeError: the scheme does not fit the model.
-        KernelError: `setup.kernel` cannot run here.
+        KernelError: `setup.kernel` or `setup.runtime` cannot run here.
     """
     setup = setup or Setup()
     setup.apply()
@@ -215,6 +231,8 @@ def open_model(path: str, recipe: Recipe | None = None, setup: Setup | None = No
     loaded.size  # noqa: B018 - counted now, before kernels lay the weights out
     loaded.model.to(setup.device)
     loaded.choices = prepare(loaded.model, prefer=setup.kernel)
+    if loaded.runtime.fell_back:
+        progress.note(loaded.runtime.note)
     return loaded
 
 

@@ -33,6 +33,8 @@ from llmq.errors import KernelError
 from llmq.model.generate import decode_step, prefill
 from llmq.model.kv_cache import KVCache
 from llmq.model.llama import Llama
+from llmq.model.native import NativeLlama
+from llmq.model.runtime import Runner, weights_of
 from llmq.ops.tensor import QuantizedTensor
 from llmq.ops.usage import record_usage
 from llmq.progress import SILENT, Progress
@@ -40,12 +42,12 @@ from llmq.progress import SILENT, Progress
 PLAIN = "torch"
 """Name under which linears are counted whose weight is a plain tensor: `F.linear` runs them."""
 
-Prefill = Callable[[Llama, KVCache, Tensor], Tensor]
-DecodeStep = Callable[[Llama, KVCache, Tensor, int | Tensor], Tensor]
+Prefill = Callable[[Runner, KVCache, Tensor], Tensor]
+DecodeStep = Callable[[Runner, KVCache, Tensor, int | Tensor], Tensor]
 
 
 def bench_model(
-    model: Llama,
+    model: Llama | NativeLlama,
     plan: BenchPlan,
     *,
     kv_dtype: torch.dtype | None = None,
@@ -56,7 +58,7 @@ def bench_model(
     """Measure prefill and decode of a model that is ready to run, for every combination that `plan` asks for.
 
     Args:
-        model: in its dtype, on its device, its kernels chosen.
+        model: in its dtype, on its device, its kernels chosen; what runs it is what is measured.
         plan: what to run.
         kv_dtype: of the KV cache; None: the model's.
         threads: CPU threads (None: as many as torch uses now); restored afterwards.
@@ -72,7 +74,7 @@ def bench_model(
 
 
 def bench_models(
-    models: Sequence[Llama],
+    models: Sequence[Llama | NativeLlama],
     plan: BenchPlan,
     *,
     kv_dtypes: Sequence[torch.dtype | None] | None = None,
@@ -97,7 +99,7 @@ def bench_models(
             bench_model(model, plan, kv_dtype=kv_dtype, threads=threads, bandwidth=bandwidth, progress=progress)
             for model, kv_dtype in zip(models, caches, strict=True)
         ]
-    traffics = [traffic_of_model(model, kv_dtype) for model, kv_dtype in zip(models, caches, strict=True)]
+    traffics = [traffic_of_model(weights_of(model), kv_dtype) for model, kv_dtype in zip(models, caches, strict=True)]
     prefills: list[list[PrefillResult]] = [[] for _ in models]
     decodes: list[list[DecodeResult]] = [[] for _ in models]
     lengths = plan.lengths
@@ -116,9 +118,9 @@ def bench_models(
                     for steps, step in zip(decodes, _time_decodes(cases, plan, bandwidth), strict=True):
                         steps.append(step)
                 advance(1)
-    together = len({id(model) for model in models})
+    together = len({id(weights_of(model)) for model in models})
     return [
-        SpeedReport(tuple(prefills[index]), tuple(decodes[index]), plan, used, model_nbytes(model), together)
+        SpeedReport(tuple(prefills[index]), tuple(decodes[index]), plan, used, model_nbytes(weights_of(model)), together)
         for index, model in enumerate(models)
     ]
 
@@ -126,7 +128,7 @@ def bench_models(
 class _Case:
     """One model, batch size and length: of a prompt, and of what is in the cache when decoding begins."""
 
-    def __init__(self, model: Llama, traffic: Traffic, plan: BenchPlan, batch_size: int, length: int) -> None:
+    def __init__(self, model: Llama | NativeLlama, traffic: Traffic, plan: BenchPlan, batch_size: int, length: int) -> None:
         self.model, self.traffic, self.compile = model, traffic, plan.compile
         self.batch_size, self.length = batch_size, length
         generator = torch.Generator().manual_seed(plan.seed)
@@ -158,14 +160,14 @@ class _Case:
         if not self.compile:
             with record_usage() as usage:
                 call()
-            plain = sum(1 for _ in _plain_linears(self.model))
+            plain = sum(1 for _ in _plain_linears(weights_of(self.model)))
             return usage.linears() | ({PLAIN: plain} if plain else {}), None
         try:
             seconds = time_rounds({what: call}, TimingPlan(repeats=1, warmup=0, min_repeats=1))[what][0]
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise KernelError(f"torch.compile cannot compile the {what}: {reason}; leave --compile out.") from error
-        return planned_kernels(self.model, self.batch_size, length), seconds
+        return planned_kernels(weights_of(self.model), self.batch_size, length), seconds
 
 
 def _time_prefills(cases: Sequence[_Case], plan: BenchPlan) -> list[PrefillResult]:

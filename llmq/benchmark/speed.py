@@ -179,8 +179,8 @@ class SpeedReport:
     together: int = 1
     """How many models were measured in turns, all of them in memory."""
 
-    def records(self, subject: Subject, environment: Environment) -> list[ResultRecord]:
-        """Return one record a prefill and one a decode, all of `subject`."""
+    def records(self, subject: Subject, environment: Environment, *, notes: Sequence[str] = ()) -> list[ResultRecord]:
+        """Return one record a prefill and one a decode, all of `subject`, with `notes` and what else has to be said."""
         own = {"model_bytes": Metric(value=self.model_nbytes, unit="bytes")}
         kinds: tuple[tuple[Kind, Sequence[PrefillResult | DecodeResult]], ...] = (
             ("prefill", self.prefills),
@@ -194,7 +194,7 @@ class SpeedReport:
                 metrics=result.metrics() | own,
                 kernels=result.kernels,
                 environment=environment,
-                notes=list(self._notes(result)),
+                notes=[*notes, *self._notes(result)],
             )
             for kind, results in kinds
             for result in results

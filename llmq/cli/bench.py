@@ -41,6 +41,7 @@ def tokens_per_second(
     threads: o.Threads = None,
     kernel: o.Kernel = None,
     kv_cache: o.KvCache = "auto",
+    runtime: o.Runtime = "auto",
     record: o.RecordFile = None,
     json: o.Json = False,
 ) -> None:
@@ -59,7 +60,8 @@ def tokens_per_second(
         compile=compile,
     )
     with render.reporting(quiet=json) as progress:
-        records = bench_tokens(model, recipe, o.setup(device, dtype, threads, kernel, kv_cache=kv_cache), plan, progress=progress)
+        setup = o.setup(device, dtype, threads, kernel, kv_cache=kv_cache, runtime=runtime)
+        records = bench_tokens(model, recipe, setup, plan, progress=progress)
     render.save_records(records, record)
     render.records_or_json(records, json=json)
     if not json:

@@ -83,6 +83,7 @@ def compare(
     threads: o.Threads = None,
     kernel: o.Kernel = None,
     kv_cache: KvCaches = "auto",
+    runtime: o.Runtime = "auto",
     seed: o.Seed = 0,
     record: o.RecordFile = None,
     json: o.Json = False,
@@ -110,7 +111,7 @@ def compare(
                 bench=SpeedQuestion(prompt_length, new_tokens, repeats) if bench else None,
                 kv_caches=o.names(kv_cache),
             ),
-            o.setup(device, dtype, threads, kernel, seed),
+            o.setup(device, dtype, threads, kernel, seed, runtime=runtime),
             progress=progress,
         )
     render.save_records(comparison.records, record)

@@ -59,6 +59,7 @@ def perplexity(
     threads: o.Threads = None,
     kernel: o.Kernel = None,
     kv_cache: o.KvCache = "auto",
+    runtime: o.Runtime = "auto",
     seed: o.Seed = 0,
     force: o.Force = False,
     record: o.RecordFile = None,
@@ -74,7 +75,7 @@ def perplexity(
         evaluation = evaluate_model(
             model,
             recipe,
-            o.setup(device, dtype, threads, kernel, seed, kv_cache=kv_cache),
+            o.setup(device, dtype, threads, kernel, seed, kv_cache=kv_cache, runtime=runtime),
             Question(text, protocol, window, limit),
             reference=reference,
             files=EvaluationFiles(losses, versus, force),
@@ -112,6 +113,7 @@ def tasks(
     threads: o.Threads = None,
     kernel: o.Kernel = None,
     kv_cache: o.KvCache = "auto",
+    runtime: o.Runtime = "auto",
     seed: o.Seed = 0,
     record: o.RecordFile = None,
     json: o.Json = False,
@@ -126,7 +128,7 @@ def tasks(
         records = evaluate_on_tasks(
             model,
             recipe,
-            o.setup(device, dtype, threads, kernel, seed, kv_cache=kv_cache),
+            o.setup(device, dtype, threads, kernel, seed, kv_cache=kv_cache, runtime=runtime),
             TaskRequest(names, limit, num_fewshot, include_path),
             progress=progress,
         )

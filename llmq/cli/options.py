@@ -43,6 +43,15 @@ KvCache = Annotated[
         rich_help_panel=RUNNING,
     ),
 ]
+Runtime = Annotated[
+    str,
+    typer.Option(
+        "--runtime",
+        metavar="auto|native|torch",
+        help="What runs the forward pass: native is one call of the native library, torch one operator after the other.",
+        rich_help_panel=RUNNING,
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.", rich_help_panel=RUNNING)]
 
 Scheme = Annotated[
@@ -151,11 +160,20 @@ def key_values(pairs: list[str] | None) -> dict[str, str]:
     return parsed
 
 
-def setup(device: str, dtype: str, threads: int | None, kernel: str | None, seed: int = 0, *, kv_cache: str = "auto") -> Setup:
+def setup(
+    device: str,
+    dtype: str,
+    threads: int | None,
+    kernel: str | None,
+    seed: int = 0,
+    *,
+    kv_cache: str = "auto",
+    runtime: str = "auto",
+) -> Setup:
     """Gather the options of the panel 'How it runs'."""
     from llmq.api.loading import Setup
 
-    return Setup(device=device, dtype=dtype, threads=threads, kernel=kernel, seed=seed, kv_cache=kv_cache)
+    return Setup(device=device, dtype=dtype, threads=threads, kernel=kernel, seed=seed, kv_cache=kv_cache, runtime=runtime)
 
 
 def recipe(

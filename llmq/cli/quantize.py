@@ -117,6 +117,7 @@ def generate(
     threads: o.Threads = None,
     kernel: o.Kernel = None,
     kv_cache: o.KvCache = "auto",
+    runtime: o.Runtime = "auto",
     seed: o.Seed = 0,
 ) -> None:
     """Complete a prompt."""
@@ -130,7 +131,7 @@ def generate(
             model,
             prompt,
             recipe,
-            o.setup(device, dtype, threads, kernel, seed, kv_cache=kv_cache),
+            o.setup(device, dtype, threads, kernel, seed, kv_cache=kv_cache, runtime=runtime),
             (max_new_tokens, temperature, top_k),
             progress=progress,
         )

@@ -20,7 +20,7 @@ import torch
 from llmq.calibration.corpus import hub_problem
 from llmq.errors import TextError, UsageError
 from llmq.evaluation.scoring import Batching
-from llmq.model.llama import Llama
+from llmq.model.runtime import Runner
 from llmq.model.tokenizer import Tokenizer
 from llmq.progress import SILENT, Progress
 from llmq.results.record import Metric
@@ -83,7 +83,7 @@ class TaskResults:
 
 
 def run_tasks(
-    model: Llama,
+    model: Runner,
     tokenizer: Tokenizer,
     tasks: Sequence[str],
     *,

@@ -22,7 +22,7 @@ from llmq.evaluation.protocols import Window, prefix_token, rolling_windows
 from llmq.evaluation.scoring import Batching, batches, head_slabs, hidden_rows, token_losses
 from llmq.evaluation.through_cache import scored_with
 from llmq.model.generate import Sampling, generate
-from llmq.model.llama import Llama
+from llmq.model.runtime import Runner
 from llmq.model.tokenizer import StreamDecoder, Tokenizer
 from llmq.progress import SILENT, Progress
 
@@ -49,7 +49,7 @@ class LlmqLM(TemplateLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: Llama,
+        model: Runner,
         tokenizer: Tokenizer,
         *,
         max_length: int | None = None,

@@ -12,13 +12,13 @@ from torch import Tensor
 from llmq.evaluation.scoring import LanguageModel
 from llmq.model.config import LlamaConfig
 from llmq.model.kv_cache import KVCache
-from llmq.model.llama import Llama
+from llmq.model.runtime import Runner
 
 
 class ThroughCache:
     """A `LanguageModel` that reads each batch of windows from position 0 into a cache of `dtype`, and attends to that."""
 
-    def __init__(self, model: Llama, dtype: torch.dtype) -> None:
+    def __init__(self, model: Runner, dtype: torch.dtype) -> None:
         self._model = model
         self._dtype = dtype
         self._cache: KVCache | None = None  # of the last batch: most batches are of one shape
@@ -50,6 +50,6 @@ class ThroughCache:
         return self._model.head(h)
 
 
-def scored_with(model: Llama, dtype: torch.dtype) -> LanguageModel:
+def scored_with(model: Runner, dtype: torch.dtype) -> LanguageModel:
     """Return `model` as it is scored when its KV cache is of `dtype`: itself where that is its own dtype."""
     return model if dtype == model.dtype else ThroughCache(model, dtype)

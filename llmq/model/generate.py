@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmq.errors import UsageError
 from llmq.model.kv_cache import KVCache
-from llmq.model.llama import Llama
+from llmq.model.runtime import Runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +46,17 @@ GREEDY = Sampling()
 
 
 @torch.no_grad()
-def prefill(model: Llama, cache: KVCache, tokens: Tensor) -> Tensor:
+def prefill(model: Runner, cache: KVCache, tokens: Tensor) -> Tensor:
     """Write the keys and values of `tokens` int64 [B, T] into the cache, from position 0.
 
     Returns:
-        the logits [B, 1, vocab] of the last token. The head is not computed for the others: with a vocabulary of 128 k,
-        a prompt of 2,048 tokens would need 0.5 GB for logits that nobody looks at.
+        the logits [B, 1, vocab] of the last token.
     """
-    return model.head(model.hidden(tokens, cache, 0)[:, -1:])
+    return model.last_logits(tokens, cache, 0)
 
 
 @torch.no_grad()
-def decode_step(model: Llama, cache: KVCache, tokens: Tensor, position: int | Tensor) -> Tensor:
+def decode_step(model: Runner, cache: KVCache, tokens: Tensor, position: int | Tensor) -> Tensor:
     """Advance every sequence of the batch by one token.
 
     Args:
@@ -69,8 +68,7 @@ def decode_step(model: Llama, cache: KVCache, tokens: Tensor, position: int | Te
     Returns:
         the logits [B, 1, vocab] of the next token.
     """
-    logits: Tensor = model(tokens, cache, position)
-    return logits
+    return model(tokens, cache, position)
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
@@ -90,7 +88,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
 
 
 def generate(
-    model: Llama,
+    model: Runner,
     prompt_tokens: Sequence[int],
     *,
     max_new_tokens: int,
@@ -136,7 +134,7 @@ def generate(
     return _generate(model, cache, list(prompt_tokens), sampling, ends)
 
 
-def _generate(model: Llama, cache: KVCache, prompt: list[int], sampling: Sampling, ends: frozenset[int]) -> Iterator[int]:
+def _generate(model: Runner, cache: KVCache, prompt: list[int], sampling: Sampling, ends: frozenset[int]) -> Iterator[int]:
     """Yield new tokens until the cache is full: the last one is chosen, and not written into it."""
     device = model.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
