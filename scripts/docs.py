@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from llmq.errors import UsageError
 from llmq.results.markdown import update_marked_section
 from llmq.results.store import read_records
 from llmq.results.table import comparison_table
@@ -34,13 +35,15 @@ def cli_reference() -> str:
 
 def generated() -> dict[Path, str]:
     """Every generated file of the project with the text that it should have."""
-    files = {REPO / "docs" / "cli.md": cli_reference()}
-    readme = REPO / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    reference = REPO / "docs" / "cli.md"
+    texts = {path: path.read_text(encoding="utf-8") for path in [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]}
     for path in sorted(RECORDS.glob("*.jsonl")):
-        text = update_marked_section(text, path.stem, comparison_table(read_records(path)))
-    files[readme] = text
-    return files
+        homes = [document for document, text in texts.items() if f"<!-- begin {path.stem} -->" in text]
+        if not homes:
+            raise UsageError(f"no document has a line '<!-- begin {path.stem} -->' for the table of {path.name}; write it.")
+        for document in homes:
+            texts[document] = update_marked_section(texts[document], path.stem, comparison_table(read_records(path)))
+    return texts | {reference: cli_reference()}
 
 
 def main(

@@ -30,8 +30,8 @@ def main(
     limit: Annotated[int, typer.Option("--limit", min=1, help="Windows of the text, from its start.")] = 400,
     groups: Annotated[str, typer.Option("--groups", metavar="A,B,…", help="Group sizes of the schemes; '' for none.")] = "32,128",
     kv_caches: Annotated[
-        str, typer.Option("--kv-caches", metavar="A,B,…", help="KV caches of the model in bf16; '' for none.")
-    ] = "bf16,fp32,int8",
+        str, typer.Option("--kv-caches", metavar="A,B,…", help="KV caches of the model in bf16 and in fp32; '' for none.")
+    ] = "fp32,bf16,int8",
     out: Annotated[Path, typer.Option("--out", help="Folder of the records.")] = BASELINES,
 ) -> None:
     """Compare the schemes at each group size, then the KV caches, and store the records."""
@@ -42,19 +42,20 @@ def main(
     for group in names(groups):
         schemes, options = list(names(DEFAULT_SCHEMES)), {"group_size": group}
         measure(CompareRequest(model, schemes, options, question=question), out / f"wt2-8m-g{group}.jsonl")
-    if caches := names(kv_caches):
-        request = CompareRequest(model, ["bf16"], question=question, bench=None, kv_caches=caches)
-        measure(request, out / "wt2-8m-kv.jsonl")
+    for dtype in ("bf16", "fp32") if names(kv_caches) else ():
+        request = CompareRequest(model, [dtype], question=question, reference=dtype, bench=None, kv_caches=names(kv_caches))
+        measure(request, out / f"wt2-8m-kv-{dtype}.jsonl", dtype)
 
 
-def measure(request: CompareRequest, path: Path) -> None:
-    """Compare, show the table, and replace the file `path` with the records."""
+def measure(request: CompareRequest, path: Path, dtype: str = "bf16") -> None:
+    """Compare in a compute dtype, show the table, and replace the file `path` with the records."""
     from llmq.api.comparing import compare_schemes
+    from llmq.api.loading import Setup
     from llmq.cli import render
     from llmq.results.store import append_records
 
     with render.reporting() as progress:
-        comparison = compare_schemes(request, progress=progress)
+        comparison = compare_schemes(request, Setup(dtype=dtype), progress=progress)
     render.comparison(comparison)
     with atomic_path(path, force=True) as temporary:
         append_records(temporary, comparison.records)

@@ -24,7 +24,9 @@ def test_generated_documents_are_fresh() -> None:
     run_script("docs.py", "--check")
 
 
-def test_a_stale_document_is_named(tmp_path: Path) -> None:
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The documents, the records they are made of, and the script that makes them."""
     copy = tmp_path / "repo"
     for folder in ("scripts", "docs", "configs"):
         (copy / folder).mkdir(parents=True)
@@ -32,6 +34,18 @@ def test_a_stale_document_is_named(tmp_path: Path) -> None:
         target = copy / path.relative_to(REPO)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
+    return copy
+
+
+def test_records_without_a_table_are_named(copy: Path) -> None:
+    known = copy / "configs" / "baselines" / "wt2-8m-g32.jsonl"
+    (known.parent / "orphan.jsonl").write_bytes(known.read_bytes())
+    lost = subprocess.run([sys.executable, copy / "scripts" / "docs.py", "--check"], capture_output=True, text=True, check=False)
+    assert lost.returncode == 1
+    assert "no document has a line '<!-- begin orphan -->' for the table of orphan.jsonl" in " ".join(lost.stderr.split())
+
+
+def test_a_stale_document_is_named(copy: Path) -> None:
     reference = copy / "docs" / "cli.md"
     reference.write_text(reference.read_text() + "typed by hand\n")
     command = [sys.executable, copy / "scripts" / "docs.py"]
@@ -67,11 +81,15 @@ def test_results_are_measured_whole(tmp_path: Path) -> None:
     assert {record.kind for record in records} == {"perplexity", "divergence", "prefill", "decode"}
     assert len({record.subject.scheme for record in records}) == 6
     assert {record.subject.kv_cache.dtype for record in records if record.subject.kv_cache} == {"bf16"}
-    caches = read_records(tmp_path / "wt2-8m-kv.jsonl")
-    assert [(record.kind, record.subject.kv_cache and record.subject.kv_cache.dtype) for record in caches] == [
-        ("perplexity", "bf16"),
-        ("divergence", "bf16"),
-        ("perplexity", "int8"),
-        ("divergence", "int8"),
-    ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["wt2-8m-g32.jsonl", "wt2-8m-kv.jsonl"]
+    for dtype in ("bf16", "fp32"):
+        caches = read_records(tmp_path / f"wt2-8m-kv-{dtype}.jsonl")
+        assert [(record.kind, record.subject.kv_cache and record.subject.kv_cache.dtype) for record in caches] == [
+            ("perplexity", "bf16"),
+            ("divergence", "bf16"),
+            ("perplexity", "int8"),
+            ("divergence", "int8"),
+        ]
+        assert {record.subject.scheme for record in caches} == {dtype}
+        assert {record.protocol.params["reference_dtype"] for record in caches if record.kind == "divergence"} == {dtype}
+    names = ["wt2-8m-g32.jsonl", "wt2-8m-kv-bf16.jsonl", "wt2-8m-kv-fp32.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
