@@ -30,16 +30,17 @@ template <bool kPack>
 void move_header(const PackJob& job, const Layout& layout, uint8_t* header, int64_t output, int64_t group) {
   const LlmqLinear& linear = *job.linear;
   const int64_t at = output * layout.groups + group, j = output % kPanel;
-  const int64_t number = linear.scale == LLMQ_SCALE_F32 ? 4 : 2;
-  move_number<kPack>(header + j * number, job.scale + at, linear.scale);
+  const int64_t bytes = linear.scale == LLMQ_SCALE_F32 ? 4 : 2;
+  move_number<kPack>(header + j * bytes, job.scale + at, linear.scale);
   if (linear.zero == LLMQ_ZERO_FLOAT) {
-    move_number<kPack>(header + layout.zero_offset + j * number, job.zero + at, linear.scale);
+    move_number<kPack>(header + layout.zero_offset + j * bytes, job.zero + at, linear.scale);
   } else if (linear.zero == LLMQ_ZERO_INT) {
     uint8_t* stored = header + layout.zero_offset + j;
+    F32* number = reinterpret_cast<F32*>(job.zero + at);
     if (kPack) {
-      *stored = static_cast<uint8_t>(static_cast<int32_t>(job.zero[at]));
+      *stored = static_cast<uint8_t>(static_cast<int32_t>(number->value));
     } else {
-      job.zero[at] = static_cast<float>(*stored);
+      number->value = static_cast<float>(*stored);
     }
   }
 }

@@ -11,6 +11,31 @@
 namespace llmq {
 namespace {
 
+// What SIMDe lacks as yet; it declares what it has as macros.
+#ifdef LLMQ_SIMDE
+#  ifndef _mm512_cvtepu16_epi32
+LLMQ_INLINE __m512i _mm512_cvtepu16_epi32(__m256i x) {
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  return reinterpret_cast<__m512i>(__builtin_convertvector(reinterpret_cast<Halves>(x), Words));
+}
+#  endif
+#  ifndef _mm512_cvtepi8_epi32
+LLMQ_INLINE __m512i _mm512_cvtepi8_epi32(__m128i x) {
+  typedef int8_t Bytes __attribute__((vector_size(16)));
+  typedef int32_t Words __attribute__((vector_size(64)));
+  return reinterpret_cast<__m512i>(__builtin_convertvector(reinterpret_cast<Bytes>(x), Words));
+}
+#  endif
+#  ifndef _mm512_cvtepi32_ps
+LLMQ_INLINE __m512 _mm512_cvtepi32_ps(__m512i x) {
+  typedef int32_t Words __attribute__((vector_size(64)));
+  typedef float Floats __attribute__((vector_size(64)));
+  return reinterpret_cast<__m512>(__builtin_convertvector(reinterpret_cast<Words>(x), Floats));
+}
+#  endif
+#endif
+
 struct Isa {
   static constexpr int kWidth = 16;
   static constexpr int kRows = 12, kCols = 2;  // 24 sums, 2 columns, 1 row of 32 registers

@@ -15,6 +15,9 @@ from llmq.ops.schema import Case
 _UNIT_FP32 = 2.0**-24
 _BLOCK = 256
 """Most inputs that share a step in `native`'s 16-bit block floating point."""
+_LARGEST_CODE = 32639
+_LEAST_STEP = 2.0**-126
+"""Of the same: the largest code, and the step below which none goes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +37,8 @@ def exact_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, case: 
     before they add the bias add half an ulp of what they rounded.
 
     Where bf16 activations meet integer weights, kernels may take x as 16-bit block floating point (`native`): the inputs of a
-    group, at most 256 at a time, share a step of at most 2**-13 of their largest, so each is off by at most half of it.
+    group, at most 256 at a time, share the least power of two as a step with which no code is above 32639, but none below
+    2**-126. Each is off by at most half a step: 1/32639.5 of the block's largest, or 2**-127.
 
     Args:
         x: [M, K] of `case.dtype`.
@@ -54,9 +58,8 @@ def exact_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, case: 
     half_ulp = torch.finfo(case.dtype).eps / 2
     bound = _gamma(case.k + 8) * terms + half_ulp * (1 + 2 * _UNIT_FP32) * (y.abs() + (0 if bias is None else product.abs()))
     if case.format.activation is None and case.dtype == torch.bfloat16 and isinstance(weight.grid, IntGrid):
-        bound = bound + 2.0**-14 * _block_terms(activations, w, weight.grid)
-    if case.dtype == torch.float16:
-        bound = bound + torch.finfo(torch.float16).smallest_normal * half_ulp  # subnormals
+        bound = bound + _block_terms(activations, w, weight.grid)
+    bound = bound + torch.finfo(case.dtype).smallest_normal * half_ulp  # subnormals
     return Exact(y, bound)
 
 
@@ -83,14 +86,16 @@ def worst_element(got: Tensor, exact: Exact) -> str | None:
 
 
 def _block_terms(x: Tensor, w: Tensor, grid: IntGrid) -> Tensor:
-    """Return the sum over blocks of inputs of (largest |x| of the block) * (sum of its |w|), fp64 [M, N]."""
+    """Return the sum over blocks of inputs of (most that rounding moves one of x) * (sum of |w|), fp64 [M, N]."""
     k = x.shape[1]
     group = grid.group_size or k
     terms = x.new_zeros(x.shape[0], w.shape[0])
     for begin in range(0, k, group):
         for start in range(begin, begin + group, _BLOCK):
             stop = min(start + _BLOCK, begin + group)
-            terms += x[:, start:stop].abs().amax(dim=1, keepdim=True) * w[:, start:stop].abs().sum(dim=1)
+            # With half the step the largest code would not fit: largest / (step / 2) >= 32639.5.
+            half_step = (x[:, start:stop].abs().amax(dim=1, keepdim=True) / (_LARGEST_CODE + 0.5)).clamp(min=_LEAST_STEP / 2)
+            terms += half_step * w[:, start:stop].abs().sum(dim=1)
     return terms
 
 

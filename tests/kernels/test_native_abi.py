@@ -14,19 +14,22 @@ import pytest
 import torch
 
 from llmq.errors import KernelError
-from llmq.ops import native
-from llmq.ops.cpu import NativeInt8Dynamic
+from llmq.ops import native, native_abi
+from llmq.ops.cpu import NATIVE_KERNELS
 
 HEADER = Path(__file__).parents[2] / "kernels" / "cpu" / "llmq_cpu.h"
+STRUCTS = {struct.__name__: struct for struct in native_abi.STRUCTS}
 C_TYPES = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
 
 @pytest.fixture
 def loading_anew():
     """Forget the loaded library before and after."""
-    native._loaded.cache_clear()
+    for keeper in (native._loaded, native.kernels):
+        keeper.cache_clear()
     yield
-    native._loaded.cache_clear()
+    for keeper in (native._loaded, native.kernels):
+        keeper.cache_clear()
 
 
 def ctypes_of(declaration: str, is_result: bool) -> type:
@@ -41,11 +44,28 @@ def ctypes_of(declaration: str, is_result: bool) -> type:
     return ctypes.c_void_p
 
 
+def header_code() -> str:
+    return re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
+
+
 def header_signatures():
-    code = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
-    for result, name, arguments in re.findall(r"LLMQ_API ([\w ]+\*?) ?(llmq_\w+)\(([^)]*)\);", code):
+    for result, name, arguments in re.findall(r"LLMQ_API ([\w ]+\*?) ?(llmq_\w+)\(([^)]*)\);", header_code()):
         listed = [] if arguments.strip() == "void" else arguments.split(",")
         yield name, ctypes_of(result, is_result=True), tuple(ctypes_of(one, is_result=False) for one in listed)
+
+
+def header_structs():
+    """(name, ((field, type), ...)) of each struct."""
+    for body, name in re.findall(r"typedef struct \w+ \{(.*?)\} (\w+);", header_code(), flags=re.DOTALL):
+        fields = []
+        for declaration in filter(None, (line.strip() for line in body.split(";"))):
+            of = re.match(r"(?:const )?(\w+)", declaration)[1]
+            if "*" in declaration:
+                fields.append((declaration.split("*")[-1].removeprefix(" const").strip(), ctypes.c_void_p))
+            else:
+                names = declaration.removeprefix(of).split(",")
+                fields.extend((name.strip(), C_TYPES.get(of) or STRUCTS[of]) for name in names)
+        yield name, tuple(fields)
 
 
 def test_signatures_are_the_headers():
@@ -54,10 +74,20 @@ def test_signatures_are_the_headers():
     assert list(native.SIGNATURES) == in_header
 
 
+def test_structs_are_the_headers():
+    in_header = list(header_structs())
+    assert len(in_header) == header_code().count("typedef struct") > 0
+    assert [(struct.__name__, tuple(struct._fields_)) for struct in native_abi.STRUCTS] == in_header
+
+
 def test_constants_are_the_headers():
-    text = HEADER.read_text()
-    assert re.search(r"#define LLMQ_ABI_VERSION (\d+)", text)[1] == str(native.ABI_VERSION)
-    assert re.search(r"#define LLMQ_MAX_K (\d+)", text)[1] == str(sys.modules[NativeInt8Dynamic.__module__]._LARGEST_K)
+    defined = {name: int(value) for name, value in re.findall(r"#define LLMQ_(\w+) (\d+)", HEADER.read_text())}
+    assert defined["ABI_VERSION"] == native.ABI_VERSION
+    assert defined["MAX_K"] == native.LARGEST_K
+    kinds = ("WEIGHT_", "ZERO_", "SCALE_", "ACTIVATION_", "DTYPE_", "CACHE_", "OUTPUT_")
+    ours = {name: value for name, value in vars(native_abi).items() if name.startswith(kinds)}
+    assert ours == {name: value for name, value in defined.items() if name.startswith(kinds)}
+    assert all(any(name.startswith(kind) for name in ours) for kind in kinds)
 
 
 @pytest.mark.usefixtures("native_library")
@@ -68,9 +98,9 @@ def test_status_names_what_is_used():
     assert status.features[0] == "generic"
     assert status.isa in status.features
     assert status.threading in {"openmp", "serial"}
-    assert native.int8_kernels().name == status.isa
+    assert native.kernels().name == status.isa
     with pytest.raises(KernelError, match="does not run the native kernels' 'mmx'; it runs generic"):
-        native.int8_kernels("mmx")
+        native.kernels("mmx")
 
 
 def _without(monkeypatch, path: Path | None) -> str:
@@ -85,9 +115,11 @@ def test_no_library_is_a_value_with_a_reason(monkeypatch, loading_anew):
     assert "was not built" in _without(monkeypatch, None)
     with pytest.raises(KernelError, match=r"cannot be used: libllmq_cpu\.so was not built"):
         torch.ops.llmq.quantize_per_token(torch.ones(1, 2), 1e-5)
-    support = NativeInt8Dynamic().available()
-    assert not support.ok
-    assert "was not built" in support.reason
+    for kernel in NATIVE_KERNELS:
+        support = kernel.available()
+        assert not support.ok
+        assert "was not built" in support.reason
+        assert kernel.layout == kernel.name  # which nothing is laid out in
     monkeypatch.setenv("LLMQ_REQUIRE_NATIVE", "1")
     with pytest.raises(KernelError, match="LLMQ_REQUIRE_NATIVE is 1"):
         native.status()
@@ -127,10 +159,12 @@ def test_loads_late_and_brings_no_second_openmp():
         "from llmq.ops import native\n"
         "maps = lambda: open('/proc/self/maps').read()\n"
         "print('libllmq_cpu' in maps())\n"
-        "k = native.int8_kernels()\n"
+        "k = native.kernels()\n"
         "torch.set_num_threads(2)\n"
         "x = torch.randn(64, 512)\n"
-        "k.linear(x, k.pack(torch.ones(512, 512, dtype=torch.int8)), torch.ones(512), None, 1e-5)\n"
+        "numbers = (512, 512, 512, 1, 0, 1, 1)\n"
+        "packed = k.pack(torch.ones(512, 512, dtype=torch.int8), torch.ones(512, 1), None, native.LlmqLinear(*numbers, 1e-5))\n"
+        "k.linear(x, packed, None, numbers, 1e-5)\n"
         "torch.nn.functional.linear(x, x)\n"
         "print('libllmq_cpu' in maps())\n"
         "print(len(set(re.findall(r'\\S*lib(?:gomp|iomp5|omp)[-.]\\S*', maps()))))\n"

@@ -115,8 +115,11 @@ def test_compiled_calls_take_the_kernel_for_their_rows():
     with torch.no_grad(), record_usage() as usage:
         compiled(make_x(2, 128, BF16))
     assert usage.calls == {}  # a graph does not come back to Python; see the plan instead
-    ranges = module.up.weight.kernels
-    assert ("int8pack_linear" in seen[0]) == (ranges[0] == "aten-int8pack")
+    kernel = module.up.weight.pick(2).name
+    operators = {"aten-int8pack": "int8pack_linear", "native-int8": "native_linear"}
+    for name, operator in operators.items():
+        assert (operator in seen[0]) == (kernel == name)
+    assert "llmq.linear" not in seen[0]
 
 
 @pytest.mark.slow
@@ -144,17 +147,21 @@ def test_an_exported_program_survives_its_file():
     close(torch.export.load(file).module()(x), module(x))
 
 
-def test_a_misaligned_input_is_safe_in_a_compiled_graph():
+@pytest.mark.parametrize(
+    ("name", "kernel"), [("int8-weight-only", AtenInt8Pack()), ("int4", AtenInt4PackCpu()), ("int8-dynamic", None)]
+)
+def test_a_misaligned_input_is_safe_in_a_compiled_graph(name, kernel):
     """The address is known at run time only: the guard has to be inside the operator."""
-    for name in ("int8-weight-only", "int4"):
-        module = quantized_linear(name, 48, 128, BF16)
-        prepare(module)
-        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        x = make_x(5, 128, BF16)
-        shifted = torch.empty(5 * 128 + 3, dtype=BF16)[3:].view(5, 128).copy_(x)
-        with torch.no_grad():
-            assert torch.equal(compiled(x), module(x))
-            assert torch.equal(compiled(shifted), module(x))
+    module = quantized_linear(name, 48, 128, BF16)
+    if kernel is not None and not kernel.supports(module.weight.spec.case).ok:
+        pytest.skip(kernel.supports(module.weight.spec.case).reason)
+    prepare(module, prefer=None if kernel is None else kernel.name)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = make_x(5, 128, BF16)
+    shifted = torch.empty(5 * 128 + 3, dtype=BF16)[3:].view(5, 128).copy_(x)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), module(x))
+        assert torch.equal(compiled(shifted), module(x))
 
 
 @pytest.mark.slow

@@ -48,12 +48,12 @@ OWN_SUMS = [pair for pair in BFLOAT16 if pair[0] not in DENSE]
 
 
 def over(pairs):
-    """Run a test for (kernel, format, dtype) triples; fp16, which takes no path of its own, among the slow ones."""
+    """Run a test for (kernel, format, dtype) triples; dtypes that take no path of their own beside bf16 among the slow ones."""
     parameters = [
         pytest.param(
             (UNDER_TEST[kernel], FORMATS[name], dtype),
             id=f"{kernel}-{name}-{str(dtype).removeprefix('torch.')}",
-            marks=pytest.mark.slow if dtype == torch.float16 else (),
+            marks=pytest.mark.slow if dtype != torch.bfloat16 and (kernel, name, torch.bfloat16) in PAIRS else (),
         )
         for kernel, name, dtype in pairs
     ]

@@ -8,8 +8,9 @@ from op_cases import FORMATS, case_of, make_x, quantized_linear
 from torch import nn
 
 from llmq.errors import KernelError
-from llmq.ops import features, select, table
+from llmq.ops import features, native, select, table
 from llmq.ops.aten import AtenInt4PackCpu, AtenInt8Pack, AtenIntMm
+from llmq.ops.cpu import NATIVE_KERNELS
 from llmq.ops.dense import DenseUpcast, DequantGemm
 from llmq.ops.schema import Case
 from llmq.ops.select import candidates, kernel_table, prepare, record_usage, unprepare
@@ -49,12 +50,30 @@ def test_prepare_reports_each_weight_and_changes_no_number():
         assert all(torch.equal(a, b) for a, b in zip(tensors, module[name].weight.stored, strict=True))
 
 
+def test_the_native_kernels_come_first_where_they_run():
+    answer = NATIVE_KERNELS[0].available()
+    if not answer.ok:
+        pytest.skip(answer.reason)
+    choices = {choice.fqn.removesuffix(".weight"): choice for choice in prepare(mixed())}
+    chosen = {name: choice.kernels for name, choice in choices.items()}
+    assert chosen == {
+        "int4": "native-int4",
+        "int8-weight-only": "native-int8",
+        "int8-dynamic": "native-int8-dynamic",
+        "bf16": "native-bf16",
+    }
+    assert all(choice.layout.startswith("native-") for choice in choices.values())
+    assert len({choice.layout for choice in choices.values()}) == 3  # one of int8, whatever it is multiplied with
+
+
 @x86
-def test_the_packed_kernels_are_chosen_here():
+def test_the_packed_kernels_are_chosen_without_the_library(monkeypatch):
+    monkeypatch.setattr(native, "status", lambda: native.Unavailable("it was not built."))
     module = mixed()
     choices = {choice.fqn: choice for choice in prepare(module)}
     assert choices["int4.weight"].kernels == "aten-int4pack-cpu"
     assert choices["int4.weight"].layout == f"int4pack-{features.aten_capability().lower()}"
+    assert choices["int4.weight"].rejected["native-int4"] == "it was not built"
     assert choices["int8-weight-only.weight"].kernels == "1-63 rows: aten-int8pack; 64+ rows: dequant-gemm"
     assert choices["int8-weight-only.weight"].layout == "canonical"
 
