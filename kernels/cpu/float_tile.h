@@ -107,6 +107,7 @@ constexpr IsaKernels isa_table(const char* name, const char* layout8, bool (*ava
           Isa::kRows8,
           Isa::kPanels8,
           Isa::kRows4,
+          Isa::kWide4Rows,
           Isa::kRowsFloat,
           available,
           RowMaker<Isa>::prepare_row,

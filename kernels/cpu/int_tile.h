@@ -6,9 +6,11 @@
 //   kUnit8, kFlip8, kWide8   the int8 layout; see IsaKernels
 //   kRows8, kPanels8         largest micro8
 //   kRows4, kExpand4         largest micro4; whether more rows than that are better served by codes expanded to bytes
+//   kWide4Rows               from so many rows on 16-bit codes are one plane, and int4 weights are expanded for micro8; or 0
 //   template <int R, int P> static void micro8(const Micro&)
 //   template <int R> static void micro4(const Micro&)         nibbles, as they are packed
-//   template <int R> static void micro4_bytes(const Micro&)   expanded, where kExpand4
+//   template <int R> static void micro4_bytes(const Micro&)   expanded by expand4, where kExpand4
+//   expand4_for_micro8                                        the same for micro8, where kWide4Rows
 //   template <int R> static void dot4(const uint8_t* weights, const uint8_t* const* planes, int64_t size, Words (*sums)[2])
 //                                                             micro4 for a single row: always inlined, sums in registers
 //
@@ -132,20 +134,44 @@ struct IntTile {
     }
   }
 
-  // `count` in [1, kMicroRows] at run time to a micro kernel of exactly that many planes.
-  template <int P, bool kBytes, int R = kMicroRows>
-  static void micro(int64_t count, const Micro& operands) {
-    if (count == R) {
-      if constexpr (!kInt4) {
-        Isa::template micro8<R, P>(operands);
-      } else if constexpr (kBytes && Isa::kExpand4) {
-        Isa::template micro4_bytes<R>(operands);
-      } else {
-        Isa::template micro4<R>(operands);
-      }
-    } else if constexpr (R > 1) {
-      micro<P, kBytes, R - 1>(count, operands);
+  using MicroFunction = void (*)(const Micro&);
+
+  // Where a micro kernel finds the weights: as they are packed, or expanded for many rows.
+  enum Weights { kPacked, kBytes, kForMicro8 };
+
+  // The micro kernel of exactly `count` planes, 1 <= count <= kMicroRows, for one panel.
+  template <int R = kMicroRows>
+  static MicroFunction micro_of(int64_t count, Weights form) {
+    if constexpr (R > 1) {
+      if (count < R) return micro_of<R - 1>(count, form);
     }
+    if constexpr (!kInt4) return Isa::template micro8<R, 1>;
+    if constexpr (kInt4 && (Isa::kWide4Rows > 0)) {
+      if (form == kForMicro8) return Isa::template micro8<R, 1>;
+    }
+    if constexpr (kInt4 && Isa::kExpand4) {
+      if (form == kBytes) return Isa::template micro4_bytes<R>;
+    }
+    if constexpr (kInt4) return Isa::template micro4<R>;
+  }
+
+  static const uint8_t* expand(Weights form, const uint8_t* packed, uint8_t* bytes, int64_t size) {
+    if constexpr (kInt4 && (Isa::kWide4Rows > 0)) {
+      if (form == kForMicro8) Isa::expand4_for_micro8(packed, bytes, size);
+    }
+    if constexpr (kInt4 && Isa::kExpand4) {
+      if (form == kBytes) Isa::expand4(packed, bytes, size);
+    }
+    return bytes;
+  }
+
+  // The same for int8 weights and P panels.
+  template <int P, int R = kMicroRows>
+  static void micro8(int64_t count, const Micro& operands) {
+    if constexpr (R > 1) {
+      if (count < R) return micro8<P, R - 1>(count, operands);
+    }
+    Isa::template micro8<R, P>(operands);
   }
 
   // What the rows of a tile need to turn the sums of one block into numbers.
@@ -187,19 +213,20 @@ struct IntTile {
     }
   }
 
-  using FlushFunction = void (*)(const Flush&, int64_t, int64_t, const int32_t*, float (*)[kPanel]);
+  using SpanFunction = void (*)(const TileJob&, int64_t, int64_t, int64_t, float (*)[kPanel]);
 
-  static FlushFunction flush_of(const LlmqLinear& linear, int32_t planes) {
-    if constexpr (!kInt4) return planes == 2 ? flush<2, LLMQ_ZERO_NONE, false> : flush<1, LLMQ_ZERO_NONE, false>;
+  static SpanFunction span_of(const LlmqLinear& linear, int32_t planes) {
+    if constexpr (!kInt4) return planes == 2 ? block_span<2, LLMQ_ZERO_NONE, false> : block_span<1, LLMQ_ZERO_NONE, false>;
     const bool whole = linear.zero == LLMQ_ZERO_INT;
     if (linear.activation == LLMQ_ACTIVATION_UINT8) {
-      return whole ? flush<1, LLMQ_ZERO_INT, true> : flush<1, LLMQ_ZERO_NONE, true>;
+      return whole ? block_span<1, LLMQ_ZERO_INT, true> : block_span<1, LLMQ_ZERO_NONE, true>;
     }
-    if (linear.activation == LLMQ_ACTIVATION_INT8) {
-      return whole ? flush<1, LLMQ_ZERO_INT, false> : flush<1, LLMQ_ZERO_NONE, false>;
+    if (planes == 1) {
+      if (linear.zero == LLMQ_ZERO_FLOAT) return block_span<1, LLMQ_ZERO_FLOAT, false>;
+      return whole ? block_span<1, LLMQ_ZERO_INT, false> : block_span<1, LLMQ_ZERO_NONE, false>;
     }
-    if (linear.zero == LLMQ_ZERO_FLOAT) return flush<2, LLMQ_ZERO_FLOAT, false>;
-    return whole ? flush<2, LLMQ_ZERO_INT, false> : flush<2, LLMQ_ZERO_NONE, false>;
+    if (linear.zero == LLMQ_ZERO_FLOAT) return block_span<2, LLMQ_ZERO_FLOAT, false>;
+    return whole ? block_span<2, LLMQ_ZERO_INT, false> : block_span<2, LLMQ_ZERO_NONE, false>;
   }
 
   static void tile(const TileJob& job) {
@@ -209,8 +236,8 @@ struct IntTile {
     const bool whole_row = layout.blocks == 1 && layout.block > kBlock;
     // Rows whose micro kernels are one are read from end to end, as memory likes it best.
     const bool one_micro = rows * job.rows.planes <= kMicroRows;
-    const int64_t row_codes = job.rows.planes * code_bytes_of(*job.linear, Isa::kWide8);
-    if (whole_row) {
+    const int64_t row_codes = job.rows.planes * job.rows.code_bytes;
+    if (!kInt4 && whole_row) {
       const int64_t piece = one_micro ? layout.padded_k : kPieceInputs;
       const int64_t pieces = max_of(1, kSpanBytes / (rows * row_codes * piece));
       for (int64_t k = 0; k < layout.padded_k; k += piece * pieces) {
@@ -225,6 +252,7 @@ struct IntTile {
       if constexpr (kInt4) row_tile(job, &sums);
     } else {
       memset(&sums, 0, static_cast<size_t>(job.panel_end - job.panel_begin) * sizeof(sums.number[0]));
+      const SpanFunction block_span = span_of(*job.linear, job.rows.planes);
       const int64_t span = one_micro ? layout.blocks : max_of(1, kSpanBytes / (rows * row_codes * layout.block));
       for (int64_t b = 0; b < layout.blocks; b += span) {
         const int64_t end = min_of(b + span, layout.blocks);
@@ -255,26 +283,30 @@ struct IntTile {
       for (int64_t left = ceil_div(rows, kMicroRows); left > 0; --left) {
         const int64_t count = ceil_div(rows - row, left);
         operands.codes = job.rows.codes + (job.row_begin + row) * job.rows.plane_bytes +
-                         k * code_bytes_of(*job.linear, Isa::kWide8);
+                         k * job.rows.code_bytes;
         operands.sums = sums->exact[panel - job.panel_begin][row];
-        micro<P, false>(count, operands);
+        micro8<P>(count, operands);
         row += count;
       }
     }
   }
 
   // All rows of the tile times one panel, blocks [begin, end), each scaled as soon as it is summed.
+  template <int kPlanes, int kZero, bool kCodes>
   static void block_span(const TileJob& job, int64_t panel, int64_t begin, int64_t end, float (*numbers)[kPanel]) {
+    constexpr int64_t kMost = kMicroRows / kPlanes;  // rows of one micro kernel
+    constexpr bool kCanExpand = kInt4 && (Isa::kExpand4 || Isa::kWide4Rows > 0);
+    const bool wide = kInt4 && job.rows.code_bytes == 2;
     const Layout& layout = *job.layout;
     const int64_t rows = job.row_end - job.row_begin;
-    const int32_t planes = job.rows.planes;
-    const int64_t code_bytes = code_bytes_of(*job.linear, Isa::kWide8);
     const uint8_t* base = job.linear->packed + panel * layout.panel_bytes;
-    const bool expand = kInt4 && Isa::kExpand4 && rows * planes > kMicroRows;
-    constexpr int kMostRows = kMicroRows < 2 ? 1 : kMicroRows;
-    alignas(kLine) int32_t sums[kMostRows][kPanel], codes[kPanel];
-    alignas(kLine) uint8_t bytes[kInt4 && Isa::kExpand4 ? kBlock * kPanel : 1];
-    const FlushFunction flush_rows = flush_of(*job.linear, planes);
+    const Weights form = wide ? kForMicro8 : kInt4 && Isa::kExpand4 && rows > kMost ? kBytes : kPacked;
+    // Rows are dealt out evenly: the first `longer` micro kernels do one more than the others.
+    const int64_t kernels = ceil_div(rows, kMost), each = rows / kernels, longer = rows % kernels;
+    const MicroFunction micro_each = micro_of(each * kPlanes, form);
+    const MicroFunction micro_longer = micro_of(longer ? (each + 1) * kPlanes : each * kPlanes, form);
+    alignas(kLine) int32_t sums[kMicroRows][kPanel], codes[kPanel];
+    alignas(kLine) uint8_t bytes[kCanExpand ? kBlock * kPanel : 1];
     Header header = {};
     Micro operands;
     operands.plane_bytes = job.rows.plane_bytes;
@@ -286,31 +318,21 @@ struct IntTile {
       if (block.first_of_group || b == begin) load_header(*job.linear, layout, base + block.header, &header);
       operands.size = round_up(block.size, kStep);
       operands.weights = base + block.offset;
-      if (job.linear->activation == LLMQ_ACTIVATION_UINT8) {
+      if constexpr (kCodes) {
         operands.codes = kOnes;
         operands.sums = codes;
-        micro<1, false>(1, operands);
+        micro_of(1, kPacked)(operands);
         for (int64_t j = 0; j < kPanel; ++j) codes[j] -= static_cast<int32_t>(block.size) * header.offset[j];
       }
-      if constexpr (kInt4 && Isa::kExpand4) {
-        if (expand) {
-          Isa::expand4(operands.weights, bytes, operands.size);
-          operands.weights = bytes;
-        }
-      }
+      if (form != kPacked) operands.weights = expand(form, operands.weights, bytes, operands.size);
       const Flush how = {job, block, header, codes};
       operands.sums = &sums[0][0];
-      const int64_t most = kMicroRows / planes;
       int64_t row = 0;
-      for (int64_t left = ceil_div(rows, most); left > 0; --left) {
-        const int64_t count = ceil_div(rows - row, left), at = job.row_begin + row;
-        operands.codes = job.rows.codes + at * planes * job.rows.plane_bytes + block.begin * code_bytes;
-        if (expand) {
-          micro<1, kInt4 && Isa::kExpand4>(count * planes, operands);
-        } else {
-          micro<1, false>(count * planes, operands);
-        }
-        flush_rows(how, at, count, &sums[0][0], numbers + row);
+      for (int64_t i = 0; i < kernels; ++i) {
+        const int64_t count = each + (i < longer), at = job.row_begin + row;
+        operands.codes = job.rows.codes + at * kPlanes * job.rows.plane_bytes + block.begin * job.rows.code_bytes;
+        (i < longer ? micro_longer : micro_each)(operands);
+        flush<kPlanes, kZero, kCodes>(how, at, count, &sums[0][0], numbers + row);
         row += count;
       }
     }

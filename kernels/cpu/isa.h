@@ -41,6 +41,7 @@ struct Rows {
   int32_t* zero;        // [rows]: zero points of asymmetric int8 activations
   int64_t plane_bytes;  // from one plane of a row to its next; a multiple of 64
   int32_t planes;       // 1 or 2; a row has planes * plane_bytes bytes
+  int32_t code_bytes;   // of one code of one plane
 };
 
 // How the inputs of a weight are cut, and where everything lies in its packed form; layout.h computes it.
@@ -84,6 +85,7 @@ struct IsaKernels {
   bool wide8;              // int8 weights meet int16 codes, one plane; else int8 codes
   int32_t rows8, panels8;  // of the largest micro kernel for int8 weights, in planes of rows
   int32_t rows4;           // for int4
+  int32_t wide4_rows;      // from so many rows on, 16-bit codes meet int4 weights in one plane of int16, too; 0: never
   int32_t rows_float;
   bool (*available)();  // does the processor, and the operating system, run it?
 

@@ -25,6 +25,7 @@ struct Isa {
   static constexpr int kPanels8 = 4;
   static constexpr int kRows4 = 12;  // 12 sums, which wait for themselves no longer than the two multipliers take for all
   static constexpr bool kExpand4 = false;  // taking nibbles apart is 3 instructions beside 2 products for each plane
+  static constexpr int kWide4Rows = 0;
   static constexpr int kRowsFloat = 12;
   static constexpr int kPanelsFloat = 8;
   static constexpr int64_t kAhead = 1024;  // bytes prefetched ahead: the hardware's own prefetcher stops at each page

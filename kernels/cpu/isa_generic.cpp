@@ -13,6 +13,7 @@ struct Isa {
   static constexpr int kPanels8 = 1;
   static constexpr int kRows4 = 4;
   static constexpr bool kExpand4 = false;
+  static constexpr int kWide4Rows = 0;
   static constexpr int kRowsFloat = 4;
   static constexpr int kPanelsFloat = 1;
 

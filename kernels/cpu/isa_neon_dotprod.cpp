@@ -20,6 +20,7 @@ struct Isa {
   static constexpr int kPanels8 = 1;
   static constexpr int kRows4 = 4;         // 16 sums and 8 weights
   static constexpr bool kExpand4 = false;  // taking nibbles apart is 8 instructions beside 8 products for each plane
+  static constexpr int kWide4Rows = 0;
   static constexpr int kRowsFloat = 6;
   static constexpr int kPanelsFloat = 2;
 

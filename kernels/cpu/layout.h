@@ -62,15 +62,17 @@ static inline Block block_at(const Layout& layout, int64_t index) {
   return at;
 }
 
-// Planes of a row's codes. Codes of 16 bits that meet a multiplier of bytes need two.
-static inline int32_t planes_of(const LlmqLinear& linear, bool wide8) {
-  if (!is_integer(linear) || linear.activation != LLMQ_ACTIVATION_FLOAT) return 1;
-  return linear.weight == LLMQ_WEIGHT_INT8 && wide8 ? 1 : 2;
-}
+// The form of the codes of `m` rows. Codes of 16 bits that meet a multiplier of bytes need two planes, high and low.
+struct Codes {
+  int32_t planes, bytes;  // bytes of one code of one plane
+};
 
-static inline int64_t code_bytes_of(const LlmqLinear& linear, bool wide8) {
-  if (!is_integer(linear)) return 4;
-  return linear.weight == LLMQ_WEIGHT_INT8 && wide8 ? 2 : 1;
+static inline Codes codes_of(const IsaKernels& isa, const LlmqLinear& linear, int64_t m) {
+  if (!is_integer(linear)) return {1, 4};
+  const bool int8 = linear.weight == LLMQ_WEIGHT_INT8, sixteen = linear.activation == LLMQ_ACTIVATION_FLOAT;
+  if (int8 && isa.wide8) return {1, 2};
+  if (!int8 && sixteen && isa.wide4_rows && m >= isa.wide4_rows) return {1, 2};
+  return {sixteen ? 2 : 1, 1};
 }
 
 }  // namespace llmq

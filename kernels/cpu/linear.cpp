@@ -9,8 +9,8 @@ constexpr float kLeastNormal = 1.17549435e-38f;
 constexpr float kMostFinite = 3.40282347e+38f;
 
 // Rows that are a power of two apart would all fall into the same few sets of the cache: one more line.
-int64_t plane_bytes(const IsaKernels& isa, const LlmqLinear& linear, const Layout& layout) {
-  return round_up(layout.padded_k * code_bytes_of(linear, isa.wide8), kLine) + kLine;
+int64_t plane_bytes(const Layout& layout, const Codes& codes) {
+  return round_up(layout.padded_k * codes.bytes, kLine) + kLine;
 }
 
 int64_t scales_of(const LlmqLinear& linear, const Layout& layout) {
@@ -25,10 +25,9 @@ struct Cut {
 Cut cut_of(const IsaKernels& isa, const Product& product, int32_t n_threads) {
   const LlmqLinear& linear = *product.linear;
   const int64_t panels = ceil_div(linear.n, kPanel), row_tiles = ceil_div(product.m, kTileRows);
-  const int32_t planes = product.rows.planes;
-  const bool int8 = linear.weight == LLMQ_WEIGHT_INT8;
-  const int64_t row_step =
-      max_of(1, (int8 ? isa.rows8 : linear.weight == LLMQ_WEIGHT_INT4 ? isa.rows4 : isa.rows_float) / planes);
+  const bool int8 = linear.weight == LLMQ_WEIGHT_INT8, wide = product.rows.code_bytes == 2;
+  const int32_t most = int8 || wide ? isa.rows8 : linear.weight == LLMQ_WEIGHT_INT4 ? isa.rows4 : isa.rows_float;
+  const int64_t row_step = max_of(1, most / product.rows.planes);
   Cut cut;
   cut.tile_rows = min_of(kTileRows, round_up(ceil_div(product.m, max_of(1, row_tiles)), row_step));
   // Enough tiles that no thread waits long for another, in whole micro kernels.
@@ -66,7 +65,9 @@ int32_t check_linear(const LlmqLinear& linear) {
 
 int64_t rows_bytes(const IsaKernels& isa, const LlmqLinear& linear, int64_t m) {
   const Layout layout = layout_of(linear);
-  const int64_t codes = planes_of(linear, isa.wide8) * plane_bytes(isa, linear, layout);
+  const Codes few = codes_of(isa, linear, 1), many = codes_of(isa, linear, m);
+  // The memory also serves fewer rows, whose codes may have another form.
+  const int64_t codes = max_of(few.planes * plane_bytes(layout, few), many.planes * plane_bytes(layout, many));
   if (!is_integer(linear)) return m * codes;
   const int64_t numbers = scales_of(linear, layout) + layout.blocks + 1;
   return round_up(m * (codes + numbers * 4), kLine);
@@ -74,9 +75,11 @@ int64_t rows_bytes(const IsaKernels& isa, const LlmqLinear& linear, int64_t m) {
 
 Rows rows_in(const IsaKernels& isa, const LlmqLinear& linear, int64_t m, uint8_t* memory) {
   const Layout layout = layout_of(linear);
+  const Codes codes = codes_of(isa, linear, m);
   Rows rows = {};
-  rows.planes = planes_of(linear, isa.wide8);
-  rows.plane_bytes = plane_bytes(isa, linear, layout);
+  rows.planes = codes.planes;
+  rows.code_bytes = codes.bytes;
+  rows.plane_bytes = plane_bytes(layout, codes);
   rows.codes = memory;
   if (is_integer(linear)) {
     rows.scale = reinterpret_cast<float*>(memory + m * rows.planes * rows.plane_bytes);
@@ -90,9 +93,14 @@ bool same_rows(const IsaKernels& isa, const LlmqLinear& a, const LlmqLinear& b) 
   if (a.k != b.k || is_integer(a) != is_integer(b)) return false;
   if (!is_integer(a)) return true;
   const Layout of_a = layout_of(a), of_b = layout_of(b);
-  return a.activation == b.activation && (a.activation == LLMQ_ACTIVATION_FLOAT || a.eps == b.eps) &&
-         of_a.block == of_b.block && of_a.blocks == of_b.blocks &&
-         planes_of(a, isa.wide8) == planes_of(b, isa.wide8) && code_bytes_of(a, isa.wide8) == code_bytes_of(b, isa.wide8);
+  if (a.activation != b.activation || of_a.block != of_b.block || of_a.blocks != of_b.blocks) return false;
+  if (a.activation != LLMQ_ACTIVATION_FLOAT && a.eps != b.eps) return false;
+  const int64_t few_and_many[] = {1, LLMQ_MAX_K};
+  for (const int64_t m : few_and_many) {
+    const Codes codes_a = codes_of(isa, a, m), codes_b = codes_of(isa, b, m);
+    if (codes_a.planes != codes_b.planes || codes_a.bytes != codes_b.bytes) return false;
+  }
+  return true;
 }
 
 void prepare_rows(const IsaKernels& isa, const LlmqLinear& linear, const void* x, Dtype dtype, int64_t stride,

@@ -4,7 +4,7 @@
  *   - the caller owns all memory; nothing is kept between calls; nothing is thrown; any number of threads may call at
  * once;
  *   - sizes are int64_t and counted in elements unless the name says bytes; matrices are row-major;
- *   - pointers need no alignment at all, not even that of their element; buffers of one call must not overlap;
+ *   - pointers to numbers need no alignment at all, not even that of their element; buffers of one call must not overlap;
  *   - bf16 values are their uint16_t bits;
  *   - what can fail returns an LLMQ_STATUS_*, and has then written nothing;
  *   - no result depends on `n_threads`, to the last bit; those of integer weights do not depend on `isa` either: integer
@@ -76,7 +76,8 @@ LLMQ_API int32_t llmq_isa_best(void);
  *   LLMQ_ACTIVATION_INT8    one scale a row: xs = max(max |x| / 127, eps), c = clamp(rint(x * (1 / xs)), -127, 127)
  *   LLMQ_ACTIVATION_UINT8   one scale and zero point a row (asymmetric), as llmq's ActivationGrid(symmetric=False) has it,
  *                           c = code - zero point
- *                               y = xs * sum over groups of  s * float(sum c * (q - z))
+ *                               y = xs * sum over blocks of  s * float(sum c * (q - z))
+ *                           blocks as above, but a row of int8 weights with one scale and symmetric activations is one
  *
  *   LLMQ_ZERO_NONE   codes around 0: z = 0 (int8), z = 8 (int4, whose stored codes are 0..15)
  *   LLMQ_ZERO_INT    z is an integer of each group

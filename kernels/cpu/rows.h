@@ -101,12 +101,14 @@ struct RowMaker {
       memset(q, 0, static_cast<size_t>(k));
       return scale_of_nonfinite(most);
     }
-    float lowest = 0.0f, highest = 0.0f;
+    int32_t above = 0, below = 0;  // bits again: as integers, those of negative floats lie below 0, and the other way round
     for (int64_t i = 0; i < k; ++i) {
-      const float value = float_of(bits_of(x[i]));
-      lowest = value < lowest ? value : lowest;
-      highest = value > highest ? value : highest;
+      const uint32_t bits = bits_of(x[i]);
+      const int32_t up = static_cast<int32_t>(bits), down = static_cast<int32_t>(bits ^ 0x80000000u);
+      above = up > above ? up : above;
+      below = down > below ? down : below;
     }
+    const float highest = float_of(static_cast<uint32_t>(above)), lowest = -float_of(static_cast<uint32_t>(below));
     const float by_range = (highest - lowest) / 255.0f;
     const float scale = by_range > eps ? by_range : eps;
     if (!(scale < float_of(kInfBits))) {  // the range of finite numbers may itself be infinite
@@ -175,7 +177,7 @@ struct RowMaker {
   static void prepare(const LlmqLinear& linear, const Layout& layout, const In* x, const Rows& rows, int64_t row) {
     const int64_t k = linear.k;
     uint8_t* codes = rows.codes + row * rows.planes * rows.plane_bytes;
-    const int64_t code_bytes = code_bytes_of(linear, Isa::kWide8);
+    const int64_t code_bytes = rows.code_bytes;
     for (int32_t p = 0; p < rows.planes; ++p) {
       memset(codes + p * rows.plane_bytes + k * code_bytes, 0, static_cast<size_t>((layout.padded_k - k) * code_bytes));
     }
