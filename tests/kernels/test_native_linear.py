@@ -143,6 +143,19 @@ def test_bf16_inputs_next_to_the_largest_are_exact(kernels):
     assert torch.equal(linear.times(kernels, x), (x.double() @ weight.T).float())
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4 + float"])
+@pytest.mark.parametrize(("sigma", "share"), [(0, 1 / 100), (2, 1 / 4)], ids=["normal", "log-normal sizes"])
+def test_inputs_lose_far_less_than_the_result(kind, sigma, share):
+    """What 16-bit block floating point costs beside the rounding of the result to bf16, in root mean square."""
+    linear = make_linear(kind, 64, 2048, {"int8": 2048, "int4": 128, "int4 + float": 32}[kind])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 2048, generator=generator) * torch.exp(sigma * torch.randn(2048, generator=generator))
+    x = x.bfloat16().float()
+    y = exact(x, linear).y
+    cost = (linear.times(native.kernels(), x).double() - y).norm()
+    assert 0 < cost < share * (y.bfloat16().double() - y).norm()
+
+
 def test_tiny_blocks_share_the_least_normal_step(kernels):
     linear = make_linear("int8", 1, 8, 8, SCALE_F32)
     linear.codes[:], linear.scale[:] = 1, 1
