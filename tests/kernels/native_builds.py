@@ -11,6 +11,7 @@ import pytest
 
 KERNELS = Path(__file__).parent.parent.parent / "kernels"
 DRIVER = Path(__file__).parent / "driver.cpp"
+LLAMA_DRIVER = Path(__file__).parent / "llama_driver.cpp"
 
 
 def needs(*tools: str) -> None:
@@ -37,9 +38,9 @@ def build_library(folder: Path, *options: str) -> Path:
     return folder / "libllmq_cpu.so"
 
 
-def build_driver(folder: Path, compiler: str, *flags: str) -> Path:
-    """Compile the driver beside the library it is linked to."""
-    program = folder / "driver"
+def build_driver(folder: Path, compiler: str, *flags: str, source: Path = DRIVER) -> Path:
+    """Compile a driver beside the library it is linked to."""
+    program = folder / source.stem
     command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", *flags, f"-I{KERNELS / 'cpu'}"]
-    run(*command, DRIVER, "-o", program, f"-L{folder}", "-lllmq_cpu", f"-Wl,-rpath,{folder}")
+    run(*command, source, "-o", program, f"-L{folder}", "-lllmq_cpu", f"-Wl,-rpath,{folder}")
     return program

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from native_builds import build_driver, build_library, needs, run
+from native_builds import LLAMA_DRIVER, build_driver, build_library, needs, run
 
 pytestmark = pytest.mark.slow
 X86 = platform.machine() in {"x86_64", "AMD64"}
@@ -30,6 +30,9 @@ def test_driver_under_sanitizers(tmp_path):
     assert checks["generic"] > 100_000
     if X86 and " avx2 " in Path("/proc/cpuinfo").read_text():
         assert checks["avx2"] == checks["generic"]
+    llama = checks_by_isa(run(build_driver(tmp_path, "c++", *SANITIZE.split(), source=LLAMA_DRIVER)))
+    assert llama.keys() == checks.keys()
+    assert min(llama.values()) == max(llama.values()) > 100_000
 
 
 @pytest.mark.skipif(not X86, reason="AVX-512 is x86's")
@@ -40,6 +43,9 @@ def test_driver_with_emulated_avx512(tmp_path):
     build_library(tmp_path, "-DLLMQ_SIMDE=ON", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS=-O1")
     checks = checks_by_isa(run(build_driver(tmp_path, "c++")))
     assert checks["avx512vnni"] == checks["generic"] > 100_000
+    llama = checks_by_isa(run(build_driver(tmp_path, "c++", source=LLAMA_DRIVER)))
+    assert llama.keys() == checks.keys()
+    assert min(llama.values()) == max(llama.values()) > 100_000
 
 
 def test_driver_on_emulated_neon(tmp_path):
@@ -53,6 +59,10 @@ def test_driver_on_emulated_neon(tmp_path):
     old = run("qemu-aarch64", "-cpu", "cortex-a53", "-L", "/usr/aarch64-linux-gnu", driver)  # armv8.0: no sdot
     assert "neon-dotprod: not on this machine" in old
     assert checks_by_isa(old) == {"generic": checks["generic"]}
+    llama = build_driver(tmp_path, "aarch64-linux-gnu-g++", source=LLAMA_DRIVER)
+    found = checks_by_isa(run("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", llama))
+    assert found.keys() == checks.keys()
+    assert found["neon-dotprod"] == found["generic"] > 100_000
 
 
 @pytest.mark.skipif(not X86, reason="the register names are x86's")
@@ -67,11 +77,27 @@ def test_wide_registers_stay_in_their_own_objects(plain_build):
         assert not re.search(r"\tvfn?m(add|sub)\d", code), f"{source} fuses multiplications and additions"
 
 
+@pytest.mark.skipif(not X86, reason="the register names are x86's")
+def test_the_llama_runtime_is_portable_but_for_its_vectors(plain_build):
+    needs("objdump")
+    for source, registers in {
+        "llama": "",
+        "llama_abi": "",
+        "vector_generic": "",
+        "vector_avx2": "y",
+        "vector_avx512": "yz",
+    }.items():
+        code = run("objdump", "-d", "--no-show-raw-insn", object_of(plain_build, source))
+        assert set(re.findall(r"%([yz])mm", code)) <= set(registers), source
+        assert bool(re.search(r"\tv[a-z]", code)) == bool(registers), f"{source}: VEX instructions"
+        assert bool(re.search(r"\tvfmadd\d", code)) == bool(registers), f"{source}: fused multiplications and additions"
+
+
 def test_objects_of_an_instruction_set_share_nothing(plain_build):
     """A function that the linker may take from any object must not lie in one that is not for every machine."""
     needs("nm")
-    objects = [path for path in plain_build.rglob("isa_*.o") if "generic" not in path.name]
-    assert objects
+    objects = [path for kind in ("isa", "vector") for path in plain_build.rglob(f"{kind}_*.o") if "generic" not in path.name]
+    assert len(objects) >= 2
     for path in objects:
         defined = [line.split()[-2:] for line in run("nm", "--defined-only", path).splitlines()]
         shared = [name for kind, name in defined if kind not in "abdrst"]
