@@ -248,7 +248,7 @@ struct IntTile {
         }
         for (; p < job.panel_end; ++p) exact_span<1>(job, p, k, end, piece, &sums);
       }
-    } else if (kInt4 && rows == 1 && layout.blocks <= kRowBlocks) {
+    } else if (kInt4 && rows == 1 && job.rows.code_bytes == 1 && layout.blocks <= kRowBlocks) {
       if constexpr (kInt4) row_tile(job, &sums);
     } else {
       memset(&sums, 0, static_cast<size_t>(job.panel_end - job.panel_begin) * sizeof(sums.number[0]));

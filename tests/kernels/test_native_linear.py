@@ -85,6 +85,13 @@ def test_is_the_definition_at_every_size(kind, k):
                     check(linear, make_x(m, k, dtype), bias=m % 2 == 0)
 
 
+@every_kind
+def test_a_row_more_than_whole_tiles_or_a_chunk(kind):
+    """What few rows take another path for, when those rows are the rest of many."""
+    for m in (337, 513, 514):
+        check(make_linear(kind, 17, 64, 32), make_x(m, 64, BF16), bias=False)
+
+
 @pytest.mark.slow
 @every_kind
 def test_many_panels_and_more_rows_than_a_chunk(kind):
