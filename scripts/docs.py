@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from peers.table import peers_table
 
 from llmq.errors import UsageError
 from llmq.results.markdown import update_marked_section
@@ -22,6 +23,7 @@ from llmq.results.table import comparison_table
 
 REPO = Path(__file__).resolve().parent.parent
 RECORDS = REPO / "configs" / "baselines"
+PEER_RECORDS = REPO / "configs" / "peers"
 
 
 def cli_reference() -> str:
@@ -37,12 +39,14 @@ def generated() -> dict[Path, str]:
     """Every generated file of the project with the text that it should have."""
     reference = REPO / "docs" / "cli.md"
     texts = {path: path.read_text(encoding="utf-8") for path in [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]}
-    for path in sorted(RECORDS.glob("*.jsonl")):
-        homes = [document for document, text in texts.items() if f"<!-- begin {path.stem} -->" in text]
+    sections = {path: (path.stem, comparison_table) for path in sorted(RECORDS.glob("*.jsonl"))}
+    sections |= {path: (f"peers-{path.stem}", peers_table) for path in sorted(PEER_RECORDS.glob("*.jsonl"))}
+    for path, (name, table_of) in sections.items():
+        homes = [document for document, text in texts.items() if f"<!-- begin {name} -->" in text]
         if not homes:
-            raise UsageError(f"no document has a line '<!-- begin {path.stem} -->' for the table of {path.name}; write it.")
+            raise UsageError(f"no document has a line '<!-- begin {name} -->' for the table of {path.name}; write it.")
         for document in homes:
-            texts[document] = update_marked_section(texts[document], path.stem, comparison_table(read_records(path)))
+            texts[document] = update_marked_section(texts[document], name, table_of(read_records(path)))
     return texts | {reference: cli_reference()}
 
 
