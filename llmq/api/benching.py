@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 
 from llmq.api.loading import Recipe, Setup, open_model
 from llmq.benchmark.decode import bench_model
-from llmq.benchmark.kernels import KernelPlan, bench_kernels, measure_int8_peak, shapes_of
+from llmq.benchmark.kernels import INTEGER_KERNELS, KernelPlan, bench_kernels, measure_int8_peak, shapes_of
 from llmq.benchmark.machine import Bandwidth, measured_bandwidth, measured_peak
 from llmq.benchmark.speed import BenchPlan
 from llmq.checkpoint import open_checkpoint
@@ -75,7 +77,7 @@ def bench_machine(setup: Setup, *, progress: Progress = SILENT) -> ResultRecord:
 
 @dataclass(frozen=True, slots=True)
 class KernelRequest:
-    """Which kernels to time on which weights: `shapes` 'NxK,…', or those of the checkpoint `model`."""
+    """Which kernels to time on which weights: `shapes` 'NxK,…' or names of `MODEL_SHAPES`, or those of the checkpoint `model`."""
 
     shapes: str | None = None
     model: str | None = None
@@ -88,20 +90,36 @@ class KernelRequest:
             raise UsageError("name shapes or a model, not both.")
         if self.model:
             return shapes_of(open_checkpoint(self.model).config)
-        return tuple(parse_shapes(self.shapes or DEFAULT_SHAPES))
+        return tuple(dict.fromkeys(parse_shapes(self.shapes or "1.1b")))
 
 
-DEFAULT_SHAPES = "2048x2048,5632x2048,2048x5632"
-"""The projections of a 1.1 B Llama."""
+MODEL_SHAPES: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
+    {
+        "1.1b": ((2048, 2048), (256, 2048), (5632, 2048), (2048, 5632)),
+        "7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
+        "8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    }
+)
+"""(N, K) of the projections of TinyLlama 1.1 B, Llama 2 7 B and Llama 3 8 B."""
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
-    """Parse '2048x2048,5632x2048' into [(N, K), …]."""
-    shapes = []
+    """Parse '2048x2048,5632x2048' or '1.1b,7b' into [(N, K), …].
+
+    Raises:
+        UsageError: a part is neither a shape nor a name of `MODEL_SHAPES`.
+    """
+    shapes: list[tuple[int, int]] = []
     for part in text.split(","):
+        if part.strip().lower() in MODEL_SHAPES:
+            shapes += MODEL_SHAPES[part.strip().lower()]
+            continue
         n, x, k = part.strip().lower().partition("x")
         if not (x and n.isdecimal() and k.isdecimal() and int(n) and int(k)):
-            raise UsageError(f"--shapes takes NxK,… (outputs x inputs), such as 2048x2048,5632x2048; got {part.strip()!r}.")
+            raise UsageError(
+                f"--shapes takes NxK,… (outputs x inputs), such as 2048x2048,5632x2048, or names of models "
+                f"({', '.join(MODEL_SHAPES)}); got {part.strip()!r}."
+            )
         shapes.append((int(n), int(k)))
     return shapes
 
@@ -122,6 +140,11 @@ def bench_all_kernels(request: KernelRequest, setup: Setup, *, progress: Progres
             formats[name] = form
     plan = KernelPlan(formats, request.settle(), request.rows, setup.torch_dtype, seed=setup.seed)
     bandwidth = machine_bandwidth(setup, progress)
+    with progress.task("measuring the machine's matmul peaks", 2) as advance:
+        fp32_peak = measured_peak(setup.device)
+        advance(1)
+        int8_peak = measure_int8_peak(setup.device)
+        advance(1)
     report = bench_kernels(plan, device=setup.device, progress=progress)
     environment = setup.environment()
     for refusal in report.refusals:
@@ -132,7 +155,7 @@ def bench_all_kernels(request: KernelRequest, setup: Setup, *, progress: Progres
             kind="kernel",
             subject=Subject(model=f"random weight {result.n}x{result.k}", checkpoint_sha256="", scheme=result.format),
             protocol=result.protocol(),
-            metrics=result.metrics(bandwidth),
+            metrics=result.metrics(bandwidth, int8_peak if int8_peak and result.kernel in INTEGER_KERNELS else fp32_peak),
             kernels={result.kernel: 1},
             environment=environment,
             notes=["chosen by default for this case"] if result.chosen else [],

@@ -6,6 +6,8 @@ a weight: each kernel goes round copies of its weight that together are several 
 
     GB/s     bytes of the weight as stored, of x and of y, over the median time
     GOP/s    2 M N K multiplications and additions, over the median time
+    shares   of the bandwidth that was measured before, and of the peak of square products: int8 (fastest kernel there is) for
+             kernels that multiply integers, fp32 (torch) for the others. int4 kernels can exceed the former
 """
 
 from __future__ import annotations
@@ -44,6 +46,11 @@ _CACHES = 4
 _MOST_COPIES = 256
 _THROUGH_FP32 = frozenset({REFERENCE, "dequant-gemm"})
 """Kernels that multiply int8 codes as fp32 numbers: what they reach is not a peak of integer arithmetic."""
+
+INTEGER_KERNELS = frozenset(
+    {"native-int8-dynamic", "native-int8-dynamic-int4", "native-int8", "native-int4", "aten-int-mm", "cuda-int-mm"}
+)
+"""Kernels that multiply integers: their wall is the peak of int8 products, that of the others the peak of fp32 products."""
 
 _CHECKED_ROWS = 1024
 """Outputs that are checked at a time: the exact result needs several fp64 copies of their weights."""

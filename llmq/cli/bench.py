@@ -88,7 +88,7 @@ def bandwidth(
 
 def kernels(
     shapes: Annotated[
-        str | None, typer.Option("--shapes", metavar="NxK,…", help="Weights to time, such as 2048x2048,5632x2048.")
+        str | None, typer.Option("--shapes", metavar="NxK,…", help="Weights to time: 2048x2048,5632x2048, or of 1.1b, 7b, 8b.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Time the shapes of this checkpoint instead.")] = None,
     rows: Annotated[str, typer.Option("--rows", metavar="A,B,…", help="Rows of activations (tokens).")] = "1,4,16,128",

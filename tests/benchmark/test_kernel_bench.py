@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmq.api.benching import parse_shapes
 from llmq.benchmark import kernels
 from llmq.benchmark.kernels import KernelPlan, KernelReport, bench_kernels, measure_int8_peak, random_weight, shapes_of
 from llmq.benchmark.machine import Bandwidth, Peak
@@ -165,3 +166,10 @@ def test_a_shape_that_does_not_fit_is_refused_before_anything_runs() -> None:
 def test_nothing_to_time_is_refused(shapes: tuple[tuple[int, int], ...], rows: tuple[int, ...]) -> None:
     with pytest.raises(UsageError):
         KernelPlan({"int8": INT8}, shapes, rows)
+
+
+def test_shapes_are_numbers_or_names_of_models() -> None:
+    assert parse_shapes("64x128, 1.1B") == [(64, 128), (2048, 2048), (256, 2048), (5632, 2048), (2048, 5632)]
+    assert (14336, 4096) in parse_shapes("8b")
+    with pytest.raises(UsageError, match=r"1\.1b, 7b, 8b.*got '70b'"):
+        parse_shapes("70b")

@@ -228,6 +228,9 @@ def test_bench_kernels_and_bandwidth() -> None:
     found = records_of(run_llmq("bench", "kernels", "--shapes", "64x128", "--rows", "1,3", "--only", "bf16,int4", "--json"))
     assert {record["protocol"]["params"]["rows"] for record in found} == {1, 3}
     assert any("reference" in record["kernels"] for record in found)
+    for record in found:
+        integers = any(name.startswith("native-int") for name in record["kernels"])
+        assert ("int8_peak_share" if integers else "float32_peak_share") in record["metrics"]
     walls = records_of(run_llmq("bench", "bandwidth", "--json"))[0]["metrics"]
     assert walls["bandwidth_gbps"]["value"] > 0.1
 

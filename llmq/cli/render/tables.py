@@ -223,11 +223,13 @@ def bandwidth(record: ResultRecord) -> None:
 def kernel_speeds(records: list[ResultRecord]) -> None:
     """Show each kernel's time and share of the wall, one row a shape and number of rows."""
     columns = [("weight", "right"), ("rows", "right"), ("format", "left"), ("kernel", "left"), ("time", "right")]
-    columns += [("GB/s", "right"), ("of bandwidth", "right"), ("GOP/s", "right")]
+    columns += [("GB/s", "right"), ("of bandwidth", "right"), ("GOP/s", "right"), ("share of peak", "right")]
     rows = []
     for record in records:
         params, metrics = record.protocol.params, record.metrics
         share = metrics.get("bandwidth_share")
+        names = {"float32_peak_share": "fp32", "int8_peak_share": "int8"}
+        peaks = [f"{metrics[key].value:.0%} of {name}" for key, name in names.items() if key in metrics]
         rows.append(
             [
                 f"{params['n']}x{params['k']}",
@@ -238,6 +240,7 @@ def kernel_speeds(records: list[ResultRecord]) -> None:
                 plain(metrics["bandwidth_gbps"].value, 3),
                 f"{share.value:.0%}" if share else "–",
                 plain(metrics["gops"].value, 3),
+                peaks[0] if peaks else "–",
             ]
         )
     show(grid(columns, rows), title=f"{records[0].environment.cpu}, {records[0].environment.threads} threads")

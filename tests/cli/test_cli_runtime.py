@@ -1,0 +1,43 @@
+"""`--runtime`: what runs is chosen, said and recorded."""
+
+from __future__ import annotations
+
+import pytest
+from cli_runs import records_of, run_llmq
+
+from llmq.ops import native
+
+BENCH = ("--new-tokens", "2", "--repeats", "1", "--prompt-lengths", "8", "--scheme", "int8-dynamic", "--threads", "1", "--json")
+
+
+@pytest.fixture(autouse=True)
+def _needs_native():
+    status = native.status()
+    if isinstance(status, native.Unavailable) or status.isa == "generic":
+        pytest.skip("the native runtime cannot run here")
+
+
+@pytest.mark.parametrize(("asked", "said"), [("auto", "native ("), ("native", "native ("), ("torch", "torch: it was asked for")])
+def test_records_say_what_ran(wt2_8m, asked, said):
+    result = run_llmq("bench", "tokens-per-second", wt2_8m, "--runtime", asked, *BENCH)
+    records = records_of(result)
+    assert [record["kind"] for record in records] == ["prefill", "decode"]
+    for record in records:
+        assert record["notes"][0].startswith(f"runtime: {said}")
+        assert record["kernels"] == {"native-int8-dynamic": 56, "native-bf16": 1}
+
+
+def test_a_fallback_is_said(wt2_8m):
+    result = run_llmq("bench", "tokens-per-second", wt2_8m, "--kernel", "dequant-gemm", *BENCH)
+    reason = "runtime: torch: model.layers.0.self_attn.q_proj is laid out for dequant-gemm"
+    assert reason in result.stderr
+    assert records_of(result)[0]["notes"][0] == reason
+
+
+def test_native_or_an_error(wt2_8m):
+    refused = run_llmq("generate", wt2_8m, "Once", "--dtype", "fp16", "--runtime", "native", code=4)
+    assert "the native runtime cannot run this model: it computes in float32 or bfloat16" in refused.stderr
+    compiled = run_llmq("bench", "tokens-per-second", wt2_8m, "--compile", "--runtime", "native", *BENCH, code=2)
+    assert "--compile goes with --runtime auto or torch" in compiled.stderr
+    unknown = run_llmq("generate", wt2_8m, "Once", "--runtime", "nativ", code=2)
+    assert "unknown runtime 'nativ'" in unknown.stderr
