@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from op_cases import DTYPES, FORMATS, assert_kernel_close, case_of, make_weight, make_x
@@ -61,12 +63,11 @@ def over(pairs):
 
 
 def shapes(kernel: Kernel, format_, dtype):
-    """(n, k, case) of the shapes the kernel says it supports."""
-    for n in OUTPUTS:
-        for k in INPUTS:
-            case = case_of(format_, n, k, dtype)
-            if format_.weight.misfit(n, k) is None and kernel.supports(case).ok:
-                yield n, k, case
+    """(n, k, case) of the shapes the kernel says it supports: every other pair, so that each n and each k has its turns."""
+    for n, k in itertools.islice(itertools.product(OUTPUTS, INPUTS), 0, None, 2):
+        case = case_of(format_, n, k, dtype)
+        if format_.weight.misfit(n, k) is None and kernel.supports(case).ok:
+            yield n, k, case
 
 
 @over(PAIRS)
@@ -78,7 +79,7 @@ def test_close_to_the_exact_result(pair):
         weight = make_weight(format_, n, k, seed=n)
         packed = kernel.prepack(weight)
         bias = torch.randn(n, generator=torch.Generator().manual_seed(k)).to(dtype)
-        for m in ROWS if (n, k) in {(48, 192), (256, 320)} else (3,):
+        for m in ROWS if (n, k) in {(48, 320), (256, 320)} else (3,):
             x = make_x(m, k, dtype)
             for term in (None, bias) if m < 4 else (None,):
                 assert_kernel_close(kernel.linear(x, packed, term, case), x, weight, term, case, kernel.name)
