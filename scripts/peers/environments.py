@@ -88,5 +88,5 @@ def read_steps(path: Path) -> tuple[dict[str, str], list[list[str]]]:
         elif not text:
             steps.append([])
         elif not text.startswith("#"):
-            steps[-1].append(text)
+            steps[-1] += text.split()
     return build, [step for step in steps if step]
