@@ -1,9 +1,9 @@
 // Attention over one key-value head, written once for every instruction set; see vector_ops.h.
 //
-// Decode: few queries, each key is used once for each, so that keys and values are widened in registers. Dot products of W
-// lanes are folded W at a time. Prefill: many queries, so keys are transposed and values widened once for a block of queries,
-// both products are then matrix products from the first-level cache, and the softmax runs along (Milakov and Gimelshein,
-// arXiv:1805.02867).
+// Decode: few queries, each key is used once for each, so that keys and values are widened in registers. Dot products
+// of W lanes are folded W at a time. Prefill: many queries, so keys are transposed and values widened once for a block
+// of queries, both products are then matrix products from the first-level cache, and the softmax runs along (Milakov
+// and Gimelshein, arXiv:1805.02867).
 #pragma once
 
 #include "vector_ops.h"
@@ -19,7 +19,8 @@ struct Attention {
   static constexpr int kTileColumns = Isa::kCols * W;
   static constexpr float kNone = -__builtin_inff();
 
-  // ---- decode --------------------------------------------------------------------------------------------------------
+  // ---- decode
+  // --------------------------------------------------------------------------------------------------------
 
   static constexpr int kDots = W < 8 ? 8 : W;  // dot products at a time
 
@@ -178,7 +179,8 @@ struct Attention {
     return top == most ? 1.0f : V::exp(Isa::set1(top - most))[0];
   }
 
-  // ---- prefill -------------------------------------------------------------------------------------------------------
+  // ---- prefill
+  // -------------------------------------------------------------------------------------------------------
 
   // c [R][C * W] = (c +) a [R][k] b [k][C * W]
   template <int R, bool kAdd>
@@ -268,8 +270,8 @@ struct Attention {
     }
   }
 
-  // Scores of a row to weights exp(score - most): columns outside [begin, end) get 0. `out` and `total` so far are scaled to
-  // the new maximum.
+  // Scores of a row to weights exp(score - most): columns outside [begin, end) get 0. `out` and `total` so far are
+  // scaled to the new maximum.
   static LLMQ_INLINE void soften(float* scores, int64_t width, int64_t begin, int64_t end, float* most, float* total,
                                  float* out, int64_t columns) {
     for (int64_t i = 0; i < begin; ++i) scores[i] = kNone;
@@ -325,7 +327,8 @@ struct Attention {
         soften(scores + r * kKeyBlock, width, from > 0 ? from : 0, to < count ? to : count, most + r, total + r,
                job.out + r * columns, columns);
       }
-      product<true>(rows, columns, block_scores, kKeyBlock, values, columns, count, job.out + row_begin * columns, columns);
+      product<true>(rows, columns, block_scores, kKeyBlock, values, columns, count, job.out + row_begin * columns,
+                    columns);
     }
     for (int64_t r = 0; r < job.rows; ++r) {
       const Reg inverse = Isa::set1(1.0f / total[r]);
@@ -346,8 +349,12 @@ template <class Isa>
 constexpr VectorKernels vector_table(const char* name) {
   using E = Elementwise<Isa>;
   using A = Attention<Isa>;
-  return {name,      Isa::kCols* Isa::kWidth, E::widen,    E::narrow, E::exp,     E::norm,
-          E::silu_mul, E::rotate,               E::quantize, A::decode, A::combine, A::block};
+  return {name,        Isa::kCols * Isa::kWidth,
+          E::widen,    E::narrow,
+          E::exp,      E::norm,
+          E::silu_mul, E::rotate,
+          E::quantize, A::decode,
+          A::combine,  A::block};
 }
 
 }  // namespace

@@ -109,8 +109,7 @@ int64_t LlamaForward::lay_out(uint8_t* workspace) {
       mine.key = memory.take<float>(model_.head_dim);
       mine.q = memory.take<float>(task_rows * padded_d_);
       mine.out = memory.take<float>(steps ? 0 : task_rows * padded_d_);
-      mine.attention =
-          memory.take<float>(steps ? decode_floats() : block_floats(vector_, task_rows, model_.head_dim));
+      mine.attention = memory.take<float>(steps ? decode_floats() : block_floats(vector_, task_rows, model_.head_dim));
     }
     if (workspace) private_[rank] = mine;
   }
@@ -234,8 +233,8 @@ void LlamaForward::block(Team& team, int64_t layer, const Slab& slab) {
     each_row(team, rows, 2 * kv_width_, [&](int64_t row, int32_t rank) {
       if (solo_ && rank != 0) return;
       for (int64_t head = 0; head < model_.kv_heads; ++head) {
-        write_key(layer, slab.b + row / slab.length, head, call_.start + slab.t + row % slab.length,
-                  qkv_ + row * width, private_[rank].key);
+        write_key(layer, slab.b + row / slab.length, head, call_.start + slab.t + row % slab.length, qkv_ + row * width,
+                  private_[rank].key);
       }
     });
     if (solo_) team.barrier();
@@ -256,8 +255,7 @@ void LlamaForward::block(Team& team, int64_t layer, const Slab& slab) {
     if (call_.length > 1) return prepare(output, attention_ + row * q_width_, row);
     float* x = private_[rank].x;
     for (int64_t head = 0; head < model_.heads; ++head) {
-      const float* partials =
-          partials_ + (row * model_.kv_heads + head / queries_) * chunks.count * partial_floats_;
+      const float* partials = partials_ + (row * model_.kv_heads + head / queries_) * chunks.count * partial_floats_;
       vector_.combine(partials, chunks.count, partial_floats_, queries_, head % queries_, round_result_,
                       model_.head_dim, x + head * model_.head_dim);
     }

@@ -8,7 +8,8 @@
 
 namespace llmq {
 
-// Linears that read one input, and the rows that are prepared for them: those of linear i serve every j with source[j] = i.
+// Linears that read one input, and the rows that are prepared for them: those of linear i serve every j with source[j]
+// = i.
 struct LinearGroup {
   const LlmqLinear* linear[3];
   Rows rows[3];
@@ -33,7 +34,7 @@ struct LlamaCall {
   int64_t batch, length, start;
   int32_t output;
   void* out;
-  bool head_only;      // final norm and head of the rows `hidden`; `length` is 1
+  bool head_only;  // final norm and head of the rows `hidden`; `length` is 1
   const void* hidden;
 };
 

@@ -54,7 +54,7 @@ LLMQ_API const char* llmq_threading(void);
 /* Number of instruction sets in this build, slowest first. */
 LLMQ_API int32_t llmq_isa_count(void);
 
-/* "generic", "avx2", "avx512vnni", "avx512bf16" or "neon-dotprod"; NULL for a number that is none. */
+/* "generic", "avx2", "avx512vnni" or "neon-dotprod"; NULL for a number that is none. */
 LLMQ_API const char* llmq_isa_name(int32_t isa);
 
 /* 1 when this processor and operating system run it, else 0. */
@@ -157,6 +157,8 @@ LLMQ_API int32_t llmq_quantize_per_token(int32_t isa, const void* x /* [M, K] of
  * q is rounded to the cache's dtype, or the model's when the cache is int8; softmax and the sum of values are fp32. Attention
  * reads all keys and values, those of the call's own tokens too, as the cache holds them. Sums of attention, norm and softmax
  * have an order that depends on isa and on the positions, not on n_threads.
+ *
+ * Structs and arrays of pointers lie where C puts them; what they point at, at any address.
  *
  * Letters: B sequences, T tokens of each, H heads, H_kv key-value heads, D head_dim. */
 #define LLMQ_CACHE_F32 0

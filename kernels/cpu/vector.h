@@ -1,17 +1,19 @@
-// What one instruction set offers between the linears of a Llama: a table of functions, which each vector_*.cpp defines from
-// the templates in vector_ops.h and attention.h. What isa.h says about linkage holds here too.
+// What one instruction set offers between the linears of a Llama: a table of functions, which each vector_*.cpp defines
+// from the templates in vector_ops.h and attention.h. What isa.h says about linkage holds here too.
 //
-// Everything is fp32. `round` asks for numbers that bf16 has, rounded to nearest even, and kept in fp32. Scratch memory and
-// fp32 results are the caller's and begin at multiples of 64 bytes; what users own (F32, Bf16, void) lies at any address.
+// Everything is fp32. `round` asks for numbers that bf16 has, rounded to nearest even, and kept in fp32. Scratch memory
+// and fp32 results are the caller's and begin at multiples of 64 bytes; what users own (F32, Bf16, void) lies at any
+// address.
 #pragma once
 
 #include "isa.h"
 
 namespace llmq {
 
-constexpr int64_t kKeyBlock = 64;    // keys that meet a block of queries at a time: with their values 32 KiB for D = 64
-constexpr int64_t kDecodeKeys = 256; // keys of one task of a decode step; the split depends on nothing else
-constexpr int64_t kBlockRows = 128;  // rows (queries of all heads of a group) of one task of a prefill, at least one position
+constexpr int64_t kKeyBlock = 64;  // keys that meet a block of queries at a time: with their values 32 KiB for D = 64
+constexpr int64_t kDecodeKeys = 256;  // keys of one task of a decode step; the split depends on nothing else
+constexpr int64_t kBlockRows =
+    128;  // rows (queries of all heads of a group) of one task of a prefill, at least one position
 
 enum class KVDtype { kF32, kBf16, kInt8 };
 
@@ -31,7 +33,7 @@ struct DecodeJob {
   int64_t key_begin, key_end;  // what they see, at most kDecodeKeys
   const float* q;              // [queries up to a multiple of 4, padded D]: rotated, scaled, zeros elsewhere
   float* scratch;              // decode_floats()
-  float* partial;              // partial_floats(): sums [queries, padded D], their greatest scores, their sums of weights
+  float* partial;  // partial_floats(): sums [queries, padded D], their greatest scores, their sums of weights
 };
 
 // Rows of queries that share a key-value head; row r is at position `position` + r / group.

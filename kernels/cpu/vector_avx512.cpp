@@ -1,4 +1,5 @@
-// AVX-512 F. Compiled with -mavx512f -mavx512bw -mavx512vl; with LLMQ_SIMDE for any x86, for the tests of machines without it.
+// AVX-512 F. Compiled with -mavx512f -mavx512bw -mavx512vl; with LLMQ_SIMDE for any x86, for the tests of machines
+// without it.
 #ifdef LLMQ_SIMDE
 #  define SIMDE_ENABLE_NATIVE_ALIASES
 #  include <simde/x86/avx512.h>

@@ -11,9 +11,7 @@ struct Isa {
   static constexpr int kRows = 6, kCols = 4;  // 24 sums, 4 columns, 1 row of 32 registers
   using Reg = Wide<kWidth>::Reg;
   static LLMQ_INLINE Reg set1(float x) { return reinterpret_cast<Reg>(vdupq_n_f32(x)); }
-  static LLMQ_INLINE Reg fma(Reg a, Reg b, Reg c) {
-    return reinterpret_cast<Reg>(vfmaq_f32(vec(c), vec(a), vec(b)));
-  }
+  static LLMQ_INLINE Reg fma(Reg a, Reg b, Reg c) { return reinterpret_cast<Reg>(vfmaq_f32(vec(c), vec(a), vec(b))); }
   static LLMQ_INLINE Reg max(Reg a, Reg b) { return a > b ? a : b; }
   static LLMQ_INLINE Reg bf16(const void* at) {
     uint16x4_t half;

@@ -1,5 +1,5 @@
-// Vector arithmetic, written once for every instruction set with the compiler's vector types. Each vector_*.cpp defines a
-// struct `Isa` with what differs, and instantiates this:
+// Vector arithmetic, written once for every instruction set with the compiler's vector types. Each vector_*.cpp defines
+// a struct `Isa` with what differs, and instantiates this:
 //
 // struct Isa {
 //   static constexpr int kWidth;    // floats of a register
@@ -87,7 +87,8 @@ struct Vector {
     return Isa::set1(x);
   }
 
-  // To the nearest number of bf16, ties to even. The carry out of the fraction goes where it belongs: into the exponent.
+  // To the nearest number of bf16, ties to even. The carry out of the fraction goes where it belongs: into the
+  // exponent.
   static LLMQ_INLINE Reg round_bf16(Reg x) {
     const Bits b = reinterpret_cast<Bits>(x);
     const Bits rounded = (b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u;
@@ -97,9 +98,9 @@ struct Vector {
 
   static LLMQ_INLINE Reg abs(Reg x) { return reinterpret_cast<Reg>(reinterpret_cast<Bits>(x) & 0x7fffffffu); }
 
-  // 2^n e^r with n = rint(x / ln 2) and |r| <= ln 2 / 2; e^r by a polynomial of degree 6 (Cephes' coefficients), ln 2 in two
-  // parts of which the first times n is exact. Adding n to the exponent's bits is exact while the result is normal: the two
-  // ends are where it would not be.
+  // 2^n e^r with n = rint(x / ln 2) and |r| <= ln 2 / 2; e^r by a polynomial of degree 6 (Cephes' coefficients), ln 2
+  // in two parts of which the first times n is exact. Adding n to the exponent's bits is exact while the result is
+  // normal: the two ends are where it would not be.
   static LLMQ_INLINE Reg exp(Reg x) {
     const Reg magic = Isa::set1(12582912.0f);  // 1.5 * 2^23: adding it leaves no room for a fraction
     const Reg shifted = x * Isa::set1(1.44269504088896341f) + magic;
@@ -209,7 +210,8 @@ struct Elementwise {
     });
   }
 
-  static void rotate(const float* x, const F32* cosines, const F32* sines, bool round, float scale, int64_t d, float* y) {
+  static void rotate(const float* x, const F32* cosines, const F32* sines, bool round, float scale, int64_t d,
+                     float* y) {
     const int64_t half = d / 2;
     const Reg factor = Isa::set1(scale);
     for (int64_t side = 0; side < 2; ++side) {

@@ -1,7 +1,7 @@
-// Drives the section `llama` of the C ABI without Python, for the sanitizers and for machines that are emulated. A small random
-// model of odd sizes on every instruction set that runs here: against a naive reference in double, in pieces of several
-// lengths, by one thread and by three, with buffers that start one byte off any alignment and end where the allocation ends.
-// Prints one line an instruction set; exits 1 at the first difference.
+// Drives the section `llama` of the C ABI without Python, for the sanitizers and for machines that are emulated. A
+// small random model of odd sizes on every instruction set that runs here: against a naive reference in double, in
+// pieces of several lengths, by one thread and by three, with buffers that start one byte off any alignment and end
+// where the allocation ends. Prints one line an instruction set; exits 1 at the first difference.
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -76,8 +76,8 @@ constexpr int64_t kBatch = 2, kTokens = 24, kLength = 25, kWindow = 5;
 constexpr float kNormEps = 1e-5f;
 
 enum Kind { kQ, kK, kV, kO, kGate, kUp, kDown, kKinds };
-constexpr int64_t kShape[kKinds][2] = {{kHeads * kDim, kHidden},    {kKvHeads * kDim, kHidden}, {kKvHeads * kDim, kHidden},
-                                       {kHidden, kHeads * kDim},    {kInner, kHidden},          {kInner, kHidden},
+constexpr int64_t kShape[kKinds][2] = {{kHeads * kDim, kHidden}, {kKvHeads * kDim, kHidden}, {kKvHeads * kDim, kHidden},
+                                       {kHidden, kHeads * kDim}, {kInner, kHidden},          {kInner, kHidden},
                                        {kHidden, kInner}};
 
 using Numbers = std::vector<double>;
@@ -104,7 +104,8 @@ struct Weights {
   }
 };
 
-// ---- the reference: no cache, no rounding ----------------------------------------------------------------------------
+// ---- the reference: no cache, no rounding
+// ----------------------------------------------------------------------------
 
 Numbers linear(const Numbers& x, const Numbers& w, const Numbers& bias, int64_t n, int64_t k) {
   const int64_t m = static_cast<int64_t>(x.size()) / k;
@@ -153,7 +154,8 @@ Numbers attention(const Numbers& q, const Numbers& k, const Numbers& v, int64_t 
       double total = 0;
       for (int64_t s = window && t >= window ? t - window + 1 : 0; s <= t; ++s) {
         double score = 0;
-        for (int64_t i = 0; i < kDim; ++i) score += q[(t * kHeads + head) * kDim + i] * k[(s * kKvHeads + group) * kDim + i];
+        for (int64_t i = 0; i < kDim; ++i)
+          score += q[(t * kHeads + head) * kDim + i] * k[(s * kKvHeads + group) * kDim + i];
         total += weights[s] = exp(score / sqrt(static_cast<double>(kDim)));
       }
       for (int64_t s = 0; s <= t; ++s) {
@@ -192,7 +194,8 @@ Numbers reference(const Weights& w, const int64_t* tokens) {
   return linear(normed(h, w.final_norm), w.head, {}, kVocab, kHidden);
 }
 
-// ---- the same through the library ------------------------------------------------------------------------------------
+// ---- the same through the library
+// ------------------------------------------------------------------------------------
 
 struct Format {
   const char* name;
@@ -233,8 +236,9 @@ struct Model {
       const int code = static_cast<int>(w[i] * 400);
       bytes[i] = static_cast<uint8_t>(format.weight == LLMQ_WEIGHT_INT4 ? (code & 15) : code);
     }
-    const void* const from = codes ? static_cast<const void*>(bytes.data())
-                             : format.weight == LLMQ_WEIGHT_BF16 ? static_cast<const void*>(bf16.data()) : f32.data();
+    const void* const from = codes                               ? static_cast<const void*>(bytes.data())
+                             : format.weight == LLMQ_WEIGHT_BF16 ? static_cast<const void*>(bf16.data())
+                                                                 : f32.data();
     int64_t size = 0;
     expect(llmq_linear_packed_bytes(isa, &linear, &size) == 0, "packed_bytes");
     packed.push_back(new Odd<uint8_t>(size));
@@ -249,7 +253,8 @@ struct Model {
       LlmqBlock& block = blocks[layer];
       LlmqLinear* const linears[kKinds] = {&block.q, &block.k, &block.v, &block.o, &block.gate, &block.up, &block.down};
       for (int kind = 0; kind < kKinds; ++kind) {
-        *linears[kind] = pack(format, w.linear[layer][kind], vector(w.bias[layer][kind]), kShape[kind][0], kShape[kind][1]);
+        *linears[kind] =
+            pack(format, w.linear[layer][kind], vector(w.bias[layer][kind]), kShape[kind][0], kShape[kind][1]);
       }
       block.attention_norm = vector(w.norm[layer][0]);
       block.mlp_norm = vector(w.norm[layer][1]);
@@ -267,7 +272,8 @@ struct Model {
     llama.head_dim = kDim;
     llama.dtype = format.dtype;
     llama.norm_eps = kNormEps;
-    llama.embedding = format.dtype == LLMQ_DTYPE_BF16 ? static_cast<const void*>(embedding16->data()) : vector(w.embedding);
+    llama.embedding =
+        format.dtype == LLMQ_DTYPE_BF16 ? static_cast<const void*>(embedding16->data()) : vector(w.embedding);
     llama.final_norm = vector(w.final_norm);
     llama.blocks = blocks;
     llama.head = pack(format, w.head, nullptr, kVocab, kHidden);
@@ -319,8 +325,8 @@ struct Cache {
 };
 
 // Logits [kBatch, kTokens, kVocab], the tokens read in pieces of `lengths`.
-std::vector<double> logits(const Model& model, const Odd<int64_t>& tokens, int32_t kv, const std::vector<int64_t>& lengths,
-                           int32_t threads) {
+std::vector<double> logits(const Model& model, const Odd<int64_t>& tokens, int32_t kv,
+                           const std::vector<int64_t>& lengths, int32_t threads) {
   Cache cache(kv);
   const bool bf16 = model.llama.dtype == LLMQ_DTYPE_BF16;
   std::vector<double> found(kBatch * kTokens * kVocab);
@@ -380,7 +386,8 @@ void check_format(int32_t isa, const Weights& weights, const Odd<int64_t>& token
   for (double x : expected) most = fmax(most, fabs(x));
   for (int32_t kv : {LLMQ_CACHE_F32, LLMQ_CACHE_BF16, LLMQ_CACHE_INT8}) {
     const std::vector<int64_t> pieces = {7, 1, 1, 2, 12, 1};
-    const std::vector<double> whole = logits(model, tokens, kv, {kTokens}, 1), cut = logits(model, tokens, kv, pieces, 1);
+    const std::vector<double> whole = logits(model, tokens, kv, {kTokens}, 1),
+                              cut = logits(model, tokens, kv, pieces, 1);
     expect(logits(model, tokens, kv, {kTokens}, 3) == whole, "three threads at once", format.weight, kv);
     expect(logits(model, tokens, kv, pieces, 3) == cut, "three threads in pieces", format.weight, kv);
     // a cache of 8 significant bits, or of 1/127 of a head's largest, costs as much again as bf16 itself
@@ -424,8 +431,8 @@ void check_refusals(int32_t isa, const Weights& weights) {
     int32_t output, threads;
   } call = {&model.llama, &cache.cache, kBatch, 1, 0, LLMQ_OUTPUT_LAST, 1};
   const auto is = [&](int32_t status, const char* what) {
-    const int32_t found = llmq_llama_forward(isa, call.model, call.cache, tokens, call.b, call.t, call.start, call.output, out,
-                                             workspace.data(), call.threads);
+    const int32_t found = llmq_llama_forward(isa, call.model, call.cache, tokens, call.b, call.t, call.start,
+                                             call.output, out, workspace.data(), call.threads);
     expect(found == status && out[0] == 7, what, found, status);
     call = {&model.llama, &cache.cache, kBatch, 1, 0, LLMQ_OUTPUT_LAST, 1};
   };

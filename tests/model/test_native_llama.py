@@ -140,7 +140,7 @@ def test_rounds_where_torch_does(make, config):
     tokens = random_tokens(sum(PIECES))
     a, b = (in_pieces(model, tokens, torch.float32) for model in (reference, runner))
     rows = (a == b).all(-1).double().mean()
-    assert rows > 0.5, f"{1 - rows:.1%} of the tokens have a logit that is not torch's, bit for bit"
+    assert rows > 0.9, f"{1 - rows:.1%} of the tokens have a logit that is not torch's, bit for bit"
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float32, torch.int8])
