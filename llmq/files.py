@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import hashlib
+import mmap
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,3 +83,28 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+_MADV_PAGEOUT = 21
+"""Of Linux 5.4: pages leave memory, and come back from where they were when somebody reads them."""
+
+
+def page_out(address: int, nbytes: int) -> None:
+    """Advise the system that memory is not needed for now: pages that map a file leave it, and nothing is lost.
+
+    Other memory stays as it is where there is no swap. Systems without such an advice keep all of it.
+    """
+    advise = _madvise()
+    begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: the others hold neighbours too
+    end = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if advise is not None and end > begin:
+        advise(begin, end - begin, _MADV_PAGEOUT)
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return function

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import mmap
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from llmq.errors import OutputError
-from llmq.files import atomic_path, check_absent, sha256_file, sha256_files, sha256_text
+from llmq.files import atomic_path, check_absent, page_out, sha256_file, sha256_files, sha256_text
 
 
 def test_a_file_appears_whole_and_is_readable_by_all_that_umask_allows(tmp_path: Path) -> None:
@@ -63,3 +67,27 @@ def test_hashes(tmp_path: Path) -> None:
     one, two = (hashlib.sha256(data).hexdigest() for data in (b"one", b"two"))
     assert sha256_file(a) == sha256_text("one") == sha256_files([a]) == one
     assert sha256_files([b, a]) == sha256_files([a, b]) == hashlib.sha256((one + two).encode()).hexdigest()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the advice is Linux's")
+def test_pages_of_a_file_leave_memory_and_come_back(tmp_path: Path) -> None:
+    pages = 64
+    path = tmp_path / "data"
+    with path.open("wb") as file:
+        file.write(bytes(range(256)) * (pages * mmap.PAGESIZE // 256))
+        file.flush()
+        os.fsync(file.fileno())  # what is not written yet cannot leave
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    expected = sum(mapping[:])
+
+    def resident() -> int:
+        entries = Path("/proc/self/smaps").read_text().split(f"{address:x}-", 1)[1]
+        return int(re.search(r"^Rss:\s+(\d+) kB", entries, re.MULTILINE)[1]) * 1024
+
+    assert resident() == pages * mmap.PAGESIZE
+    page_out(address + 1, (pages - 2) * mmap.PAGESIZE)  # an odd address: whole pages only
+    assert resident() <= 4 * mmap.PAGESIZE
+    assert sum(mapping[:]) == expected
+    page_out(address + 1, 10)  # less than a page

@@ -104,7 +104,6 @@ extern const IsaKernels kGeneric;
 #if defined(__x86_64__)
 extern const IsaKernels kAvx2;
 extern const IsaKernels kAvx512Vnni;
-extern const IsaKernels kAvx512Bf16;
 #elif defined(__aarch64__)
 extern const IsaKernels kNeonDotprod;
 #endif

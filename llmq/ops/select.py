@@ -12,9 +12,10 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmq.errors import KernelError, LlmqError
+from llmq.files import page_out
 from llmq.numerics.affine import MappingType, ZeroPointDomain, choose_qparams_affine, quantize_affine
 from llmq.numerics.grid import IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight, torch_dtype
@@ -85,18 +86,23 @@ def prepare(module: nn.Module, *, prefer: str | None = None) -> list[KernelChoic
     Raises:
         KernelError: when `prefer` is unknown, or can run none of the weights; nothing is changed then.
     """
-    weights = list(_weights(module))
-    plans = {weight.spec.case: _plan(weight.spec.case, prefer) for _, _, _, weight in weights}
+    weights = [(fqn, owner, name, id(weight), weight.spec.case) for fqn, owner, name, weight in _weights(module)]
+    plans = {case: _plan(case, prefer) for *_, case in weights}
     if prefer is not None and weights and not any(prefer in kernels for _, kernels, _ in plans.values()):
         kernel_named(prefer)
         reasons = "; ".join(sorted({rejected[prefer] for _, _, rejected in plans.values()}))
         raise KernelError(f"kernel {prefer!r} can run none of the {len(weights)} quantized weights: {reasons}.")
+    last = {key: index for index, (_, _, _, key, _) in enumerate(weights)}
     choices, done = [], dict[int, nn.Parameter]()
-    for fqn, owner, name, weight in weights:
-        layout, kernels, rejected = plans[weight.spec.case]
-        if id(weight) not in done:
-            done[id(weight)] = nn.Parameter(weight.with_kernels(layout, kernels), requires_grad=False)
-        setattr(owner, name, done[id(weight)])
+    for index, (fqn, owner, name, key, case) in enumerate(weights):
+        layout, kernels, rejected = plans[case]
+        weight = getattr(owner, name)
+        if key not in done:
+            done[key] = nn.Parameter(weight.with_kernels(layout, kernels), requires_grad=False)
+        setattr(owner, name, done[key])
+        if index == last[key]:  # nothing else holds the old one, so that never more than one weight is there twice
+            _put_away(weight, done[key])
+            del weight
         choices.append(KernelChoice(fqn, layout, describe_rows(kernels), rejected))
     return choices
 
@@ -118,6 +124,15 @@ def kernel_table() -> list[KernelRow]:
         span = f"{kernel.min_rows}+" if kernel.max_rows is None else f"{kernel.min_rows}-{kernel.max_rows}"
         rows.append(KernelRow(kernel.name, answer.ok, answer.reason, kernel.layout, span, kernel.formats))
     return rows
+
+
+def _put_away(old: QuantizedTensor, new: Tensor) -> None:
+    """Let the system take back the pages of the tensors that a new layout has replaced, if they are a file's."""
+    assert isinstance(new, QuantizedTensor)
+    kept = {tensor.data_ptr() for tensor in new.stored}
+    for tensor in old.stored:
+        if tensor.device.type == "cpu" and tensor.data_ptr() not in kept:
+            page_out(tensor.data_ptr(), tensor.nbytes)
 
 
 def _weights(module: nn.Module) -> list[tuple[str, nn.Module, str, QuantizedTensor]]:
