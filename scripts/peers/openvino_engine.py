@@ -25,6 +25,7 @@ class OpenVino(Engine):
         scheduler.max_num_batched_tokens = max(order.context, 256)  # a prompt in one go
         scheduler.cache_size = CACHE_GB
         self.order = order
+        self.plain: Any = None  # the model without the pipeline, while logits are asked for
         self.pipeline = openvino_genai.LLMPipeline(
             str(order.weights), "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=order.threads
         )
@@ -44,6 +45,7 @@ class OpenVino(Engine):
 
     def generate(self, tokens: list[int], new_tokens: int) -> Any:
         """Run the pipeline; nothing ends it early."""
+        self.plain = None
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens = new_tokens
         config.ignore_eos = True
@@ -64,8 +66,9 @@ class OpenVino(Engine):
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """See `Engine.logits`."""
-        settings = {"INFERENCE_NUM_THREADS": self.order.threads}
-        model = openvino.Core().compile_model(str(self.order.weights / "openvino_model.xml"), "CPU", settings)
+        if self.plain is None:
+            settings = {"INFERENCE_NUM_THREADS": self.order.threads}
+            self.plain = openvino.Core().compile_model(str(self.order.weights / "openvino_model.xml"), "CPU", settings)
         count = len(tokens)
         inputs = {
             "input_ids": np.array([tokens], dtype=np.int64),
@@ -73,7 +76,9 @@ class OpenVino(Engine):
             "position_ids": np.arange(count)[None],
             "beam_idx": np.zeros(1, np.int32),
         }
-        found = model.create_infer_request().infer({port.any_name: inputs[port.any_name] for port in model.inputs})["logits"]
+        found = self.plain.create_infer_request().infer({port.any_name: inputs[port.any_name] for port in self.plain.inputs})[
+            "logits"
+        ]
         return np.array(found[0, -1], dtype=np.float32)
 
 
