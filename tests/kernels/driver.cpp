@@ -343,7 +343,7 @@ void check_kind(int32_t isa, const Kind& kind) {
     }
   }
   for (Fill fill : fills) check_linear(isa, kind, 6, 17, 264, 88, fill);
-  check_linear(isa, kind, 53, 3, 2056, 2056, Fill::kRandom);  // several tiles of rows, several pieces of inputs
+  check_linear(isa, kind, 96, 3, 5128, 5128, Fill::kRandom);  // several tiles of rows, several spans of inputs
   check_linear(isa, kind, 513, 3, 16, 8, Fill::kRandom);       // one row more than a chunk
   check_linear(isa, kind, 337, 3, 16, 8, Fill::kRandom);       // one row more than whole tiles
   check_linear(isa, kind, 5, 300, 40, 8, Fill::kRandom);       // several tiles of outputs

@@ -92,6 +92,11 @@ def test_a_row_more_than_whole_tiles_or_a_chunk(kind):
         check(make_linear(kind, 17, 64, 32), make_x(m, 64, BF16), bias=False)
 
 
+@every_kind
+def test_one_group_over_more_blocks_than_many_rows_take_in_turn(kind):
+    check(make_linear(kind, 17, 5128, 5128), make_x(48, 5128, BF16), bias=True)
+
+
 @pytest.mark.slow
 @every_kind
 def test_many_panels_and_more_rows_than_a_chunk(kind):
