@@ -64,11 +64,7 @@ def _header(records: Sequence[ResultRecord]) -> dict[str, str]:
     here = records[0].environment
     walls = [record.metrics["machine_bandwidth_gbps"].value for record in records if "machine_bandwidth_gbps" in record.metrics]
     rounds = [len(record.metrics["seconds"].samples or []) for record in records if "seconds" in record.metrics]
-    versions = {
-        str(record.subject.options["engine"]): str(record.subject.options["version"])
-        for record in records
-        if "version" in record.subject.options
-    }
+    versions = dict.fromkeys(part for record in records for part in _versions(record))
     return {
         "model": records[0].subject.model,
         "date": f"{records[0].created_at:%Y-%m-%d}",
@@ -77,8 +73,16 @@ def _header(records: Sequence[ResultRecord]) -> dict[str, str]:
         if walls
         else "not known",
         "rounds": str(max(rounds, default=0)),
-        "versions": "; ".join(f"{engine} {version}" for engine, version in versions.items()),
+        "versions": ", ".join(versions),
     }
+
+
+def _versions(record: ResultRecord) -> list[str]:
+    """Return 'name version' of all that an engine is made of."""
+    engine, version = record.subject.options["engine"], record.subject.options.get("version")
+    if version is None:
+        return []
+    return [part if " " in part else f"{engine} {part}" for part in str(version).split(", ")]
 
 
 def _notes(by_variant: Mapping[str, Mapping[str, ResultRecord]]) -> list[str]:
