@@ -85,6 +85,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+_MADV_HUGEPAGE = 14
 _MADV_PAGEOUT = 21
 """Of Linux 5.4: pages leave memory, and come back from where they were when somebody reads them."""
 
@@ -94,11 +95,23 @@ def page_out(address: int, nbytes: int) -> None:
 
     Other memory stays as it is where there is no swap. Systems without such an advice keep all of it.
     """
+    _advise(address, nbytes, _MADV_PAGEOUT)
+
+
+def use_huge_pages(address: int, nbytes: int) -> None:
+    """Advise the system to back memory that nobody has written to yet with huge pages.
+
+    What streams through memory then seldom waits for the address of the next page. Nothing happens where there are none.
+    """
+    _advise(address, nbytes, _MADV_HUGEPAGE)
+
+
+def _advise(address: int, nbytes: int, advice: int) -> None:
     advise = _madvise()
     begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: the others hold neighbours too
     end = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if advise is not None and end > begin:
-        advise(begin, end - begin, _MADV_PAGEOUT)
+        advise(begin, end - begin, advice)
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import llmq
 from llmq.errors import KernelError
+from llmq.files import use_huge_pages
 from llmq.ops.native_abi import DTYPE_BF16, DTYPE_F32, LlmqLinear
 from llmq.ops.native_signatures import ABI_VERSION, SIGNATURES
 
@@ -85,6 +86,7 @@ class Kernels:
             KernelError: when the format is none that the library knows.
         """
         packed = torch.empty(_size(self, "llmq_linear_packed_bytes", format_numbers(linear), linear.eps), dtype=torch.uint8)
+        use_huge_pages(packed.data_ptr(), packed.nbytes)
         source = weight.contiguous()
         numbers = [None if tensor is None else tensor.float().contiguous() for tensor in (scale, zero)]
         self.call(
