@@ -339,8 +339,8 @@ struct IntTile {
   }
 
   // One row times the tile's panels of int4 weights: a decode step. A block's sums stay in registers until they are scaled; going
-  // through memory, as for many rows, would take as long as the products. Block by block over all panels, because a core reads
-  // several streams of memory at once nearly twice as fast as one.
+  // through memory, as for many rows, would take as long as the products. Block by block over all panels: a core reads several
+  // streams of memory at once faster than one.
   template <int kPlanes, int kZero, bool kCodes>
   static void row_span(const TileJob& job, const RowFactors* factors, Sums* sums) {
     const Layout& layout = *job.layout;
