@@ -17,13 +17,13 @@ def test_memory_that_came_and_went_counts() -> None:
     with peak_memory("cpu") as before:
         pass
     with peak_memory("cpu") as during:
-        np.ones(64 << 20, dtype=np.uint8)
+        np.ones(512 << 20, dtype=np.uint8)  # much, because the system may take back pages of others meanwhile
     with peak_memory("cpu") as after:
         pass
     assert during.kind == "resident set"
-    assert during.nbytes >= before.nbytes + (56 << 20)
+    assert during.nbytes >= before.nbytes + (256 << 20)
     if during.since == "run":
-        assert after.nbytes < during.nbytes - (40 << 20)
+        assert after.nbytes < during.nbytes - (256 << 20)
 
 
 def test_a_system_that_does_not_let_us_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
