@@ -354,8 +354,8 @@ struct IntTile {
       const uint8_t* base = job.linear->packed + job.panel_begin * layout.panel_bytes;
       for (int64_t p = 0; p < panels; ++p, base += layout.panel_bytes) {
         const uint8_t* header = base + block.header;
-        Floats scale[2], zero[2];
-        Words offset[2];
+        Floats scale[2] = {}, zero[2] = {};
+        Words offset[2] = {};
         load_pair(header, wide_scale, scale);
         if constexpr (kZero == LLMQ_ZERO_FLOAT) load_pair(header + layout.zero_offset, wide_scale, zero);
         if constexpr (kZero == LLMQ_ZERO_INT) {
