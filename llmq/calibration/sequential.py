@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.algorithms.report import LayerReport
+from llmq.algorithms.statistics import Statistics
 from llmq.calibration.hessian import Hessian, LinearGroups, inputs_of
 from llmq.calibration.recorder import CalibrationSet
 from llmq.errors import SchemeError, TextError, UsageError
@@ -157,12 +158,12 @@ def _quantize_stage(
             advance(len(x))
     reports: list[LayerReport] = []
     for group in groups:
-        statistics = _finite(sums.pop(group[0]), stage, group) if sums else None
+        statistics = Statistics(_finite(sums.pop(group[0]), stage, group)) if sums else None
         reports += [_quantize_linear(stage.targets[name], linears[name], resolved, statistics) for name in group]
     return reports
 
 
-def _quantize_linear(decision: Decision, work: nn.Linear, resolved: ResolvedScheme, statistics: Tensor | None) -> LayerReport:
+def _quantize_linear(decision: Decision, work: nn.Linear, resolved: ResolvedScheme, statistics: Statistics | None) -> LayerReport:
     assert decision.linear is not None
     assert decision.format is not None
     weight = plain_weight(decision.parameter)

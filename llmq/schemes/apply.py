@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.algorithms.statistics import Statistics
 from llmq.errors import SchemeError, ShapeError, UsageError, suggest
 from llmq.numerics.grid import GROUP_SIZES, FloatGrid, IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight, float_grid
@@ -33,7 +34,7 @@ def quantize_(  # noqa: PLR0913 - the library's one call: what to apply, where, 
     skip: Sequence[str] = (),
     skip_unfit: bool = False,
     dtype: torch.dtype | None = None,
-    statistics: Mapping[str, Tensor] | None = None,
+    statistics: Mapping[str, Tensor | Statistics] | None = None,
 ) -> Coverage:
     """Quantize the linears of a module in place. Everything is checked first: on an error nothing has changed.
 
@@ -50,7 +51,8 @@ def quantize_(  # noqa: PLR0913 - the library's one call: what to apply, where, 
         skip_unfit: leave linears whose shape does not fit the grid unquantized, instead of refusing all.
         dtype: compute dtype: what activations are, and what everything that is not quantized is cast to. None: each
             weight's own, and nothing is cast. A baseline casts to its own.
-        statistics: for schemes that need calibration: the Hessian [K, K] of each linear's inputs, by fqn.
+        statistics: for schemes that need calibration: what is known of each linear, by fqn; a tensor is the Hessian [K, K] of
+            its inputs.
 
     Returns:
         What was done to every parameter, and why not.
@@ -86,8 +88,9 @@ def quantize_(  # noqa: PLR0913 - the library's one call: what to apply, where, 
         if decision.covered and isinstance(decision.format.weight, IntGrid):
             if key not in swapped:
                 weight = plain_weight(decision.parameter)
-                hessian = statistics[decision.fqn] if statistics is not None and resolved.needs_calibration else None
-                quantized, report = resolved.quantize_weight(weight, hessian, decision.fqn)
+                known = statistics[decision.fqn] if statistics is not None and resolved.needs_calibration else None
+                known = Statistics(known) if isinstance(known, Tensor) else known
+                quantized, report = resolved.quantize_weight(weight, known, decision.fqn)
                 swapped[key] = quantized_parameter(quantized, decision.format, compute or weight.dtype)
                 noise[decision.fqn] = report.sqnr_db
             decision.linear.weight = swapped[key]

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from llmq.algorithms.report import LayerReport, sqnr_db
 from llmq.algorithms.rtn import quantize_rtn
+from llmq.algorithms.statistics import Needs, Statistics
 from llmq.errors import UsageError
 from llmq.numerics.affine import MappingType
 from llmq.numerics.grid import IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight
+from llmq.schemes.block import BlockWork
 
 
 class SchemeOptions(BaseModel):
@@ -58,8 +60,6 @@ class Scheme(ABC, Generic[OptionsT]):
     summary: ClassVar[str]
     """One line for `llmq schemes`."""
     Options: type[OptionsT]
-    needs_calibration: ClassVar[bool] = False
-    """Whether `quantize_weight` needs statistics of the linear's inputs."""
     baseline_dtype: ClassVar[torch.dtype | None] = None
     """For a baseline, which casts the whole model instead of quantizing its linears: the dtype."""
 
@@ -71,10 +71,38 @@ class Scheme(ABC, Generic[OptionsT]):
         """Return how ranges are laid over codes; None: the usual way of the grid."""
         return None
 
+    def needs(self, options: OptionsT) -> Needs:  # noqa: ARG002
+        """Return what has to be gathered with calibration text; a scheme that needs nothing is data-free."""
+        return Needs.NONE
+
+    def prepare_block(self, work: BlockWork, options: OptionsT) -> None:
+        """Change the block's float weights before statistics are gathered, so that it computes the same function.
+
+        Only parameters of `work.module` may change, norms included.
+        """
+
+    def tune_block(
+        self,
+        work: BlockWork,  # noqa: ARG002
+        weights: dict[str, QuantizedWeight],
+        options: OptionsT,  # noqa: ARG002
+    ) -> dict[str, QuantizedWeight]:
+        """Improve the weights of a block together, after each was quantized.
+
+        Args:
+            work: the block; its linears still have their float weights.
+            weights: the quantized weights, by the names of `work.linears`.
+            options: of this scheme.
+
+        Returns:
+            The weights to keep, by the same names and on the same grids.
+        """
+        return weights
+
     def quantize_weight(
         self,
         weight: Tensor,
-        statistics: Tensor | None,  # noqa: ARG002 - round to nearest needs none
+        statistics: Statistics | None,  # noqa: ARG002 - round to nearest needs none
         options: OptionsT,
         fqn: str = "weight",
     ) -> tuple[QuantizedWeight, LayerReport]:
@@ -82,7 +110,7 @@ class Scheme(ABC, Generic[OptionsT]):
 
         Args:
             weight: [N, K], floating point; not changed.
-            statistics: the Hessian of the linear's inputs [K, K] for schemes that need calibration, else None.
+            statistics: of the linear, for schemes that need calibration, else None.
             options: of this scheme.
             fqn: name of the linear, for the report.
 
@@ -124,9 +152,14 @@ class ResolvedScheme:
         return self.scheme.format(self.options)
 
     @property
+    def needs(self) -> Needs:
+        """What has to be gathered with calibration text."""
+        return self.scheme.needs(self.options)
+
+    @property
     def needs_calibration(self) -> bool:
-        """Whether statistics of the inputs are needed."""
-        return self.scheme.needs_calibration
+        """Whether calibration text is needed."""
+        return self.needs.calibration
 
     @property
     def baseline_dtype(self) -> torch.dtype | None:
@@ -137,7 +170,7 @@ class ResolvedScheme:
         """Every option that applies, resolved, as plain data; `registry.resolve` reads it back."""
         return self.options.model_dump(mode="json", exclude=self.options.idle())
 
-    def quantize_weight(self, weight: Tensor, statistics: Tensor | None, fqn: str) -> tuple[QuantizedWeight, LayerReport]:
+    def quantize_weight(self, weight: Tensor, statistics: Statistics | None, fqn: str) -> tuple[QuantizedWeight, LayerReport]:
         """See `Scheme.quantize_weight`."""
         quantized, report = self.scheme.quantize_weight(weight, statistics, self.options, fqn)
         return quantized, replace(report, fqn=fqn)

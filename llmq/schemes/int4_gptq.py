@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmq.algorithms.gptq import GptqOptions, gptq
 from llmq.algorithms.report import LayerReport, sqnr_db
+from llmq.algorithms.statistics import Needs, Statistics
 from llmq.errors import SchemeError
 from llmq.numerics.affine import MappingType
 from llmq.numerics.grid import IntGrid, LinearFormat
@@ -44,7 +45,10 @@ class Int4Gptq(Scheme[Int4GptqOptions]):
     name = "int4-gptq"
     summary = "int4 weights by group, GPTQ with calibration text (W4A16)"
     Options = Int4GptqOptions
-    needs_calibration = True
+
+    def needs(self, options: Int4GptqOptions) -> Needs:  # noqa: ARG002
+        """See `Scheme.needs`."""
+        return Needs.INPUTS
 
     def format(self, options: Int4GptqOptions) -> LinearFormat:
         """See `Scheme.format`."""
@@ -55,7 +59,7 @@ class Int4Gptq(Scheme[Int4GptqOptions]):
         return int4_mapping(options)
 
     def quantize_weight(
-        self, weight: Tensor, statistics: Tensor | None, options: Int4GptqOptions, fqn: str = "weight"
+        self, weight: Tensor, statistics: Statistics | None, options: Int4GptqOptions, fqn: str = "weight"
     ) -> tuple[QuantizedWeight, LayerReport]:
         """See `Scheme.quantize_weight`."""
         if statistics is None:
@@ -67,7 +71,7 @@ class Int4Gptq(Scheme[Int4GptqOptions]):
         assert isinstance(grid, IntGrid)  # int4_format makes no other
         started = time.perf_counter()
         how = GptqOptions(options.damping, options.act_order, options.block_size, self.mapping(options))
-        quantized, done = gptq(weight, statistics, grid, how)
+        quantized, done = gptq(weight, statistics.hessian, grid, how)
         report = LayerReport(
             fqn,
             (weight.shape[0], weight.shape[1]),

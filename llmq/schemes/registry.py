@@ -79,7 +79,7 @@ def describe_schemes(name: str | None = None) -> list[dict[str, Any]]:
         {
             "name": scheme.name,
             "summary": scheme.summary,
-            "needs_calibration": scheme.needs_calibration,
+            "needs_calibration": scheme.needs(scheme.Options()).calibration,
             "bits_per_weight": scheme.format(scheme.Options()).weight.bits_per_weight(4096),
             "options": _describe_options(scheme.Options),
         }

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmq.algorithms.rtn import quantize_rtn
+from llmq.algorithms.statistics import Statistics
 from llmq.errors import SchemeError, UsageError
 from llmq.numerics.affine import MappingType
 from llmq.numerics.grid import FloatGrid, IntGrid, format_from_json
@@ -26,7 +27,7 @@ def test_contract_of_every_scheme(name: str) -> None:
     assert format_from_json(json.loads(json.dumps(resolved.format.to_json()))) == resolved.format
     assert resolve(name, resolved.options_json()) == resolved
     weight = torch.randn(16, 256)
-    statistics = torch.eye(256) if resolved.needs_calibration else None
+    statistics = Statistics(torch.eye(256)) if resolved.needs_calibration else None
     quantized, report = resolved.quantize_weight(weight, statistics, "some.linear")
     assert quantized.grid == resolved.format.weight
     assert quantized.bits_per_weight == resolved.format.weight.bits_per_weight(256)
