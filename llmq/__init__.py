@@ -21,7 +21,7 @@ _LAZY = {
     "load": ("llmq.api.loading", "open_model"),
     "Recipe": ("llmq.api.loading", "Recipe"),
     "Setup": ("llmq.api.loading", "Setup"),
-    "calibrate": ("llmq.api.quantizing", "record_calibration"),
+    "calibrate": ("llmq.api.calibrating", "record_calibration"),
     "quantize": ("llmq.api.quantizing", "quantize_checkpoint"),
     "evaluate": ("llmq.api.evaluating", "evaluate_model"),
     "Question": ("llmq.api.evaluating", "Question"),
@@ -33,6 +33,7 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from llmq.api.benching import bench_tokens as bench
+    from llmq.api.calibrating import record_calibration as calibrate
     from llmq.api.comparing import CompareRequest
     from llmq.api.comparing import compare_schemes as compare
     from llmq.api.evaluating import Question
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from llmq.api.loading import Recipe, Setup
     from llmq.api.loading import open_model as load
     from llmq.api.quantizing import quantize_checkpoint as quantize
-    from llmq.api.quantizing import record_calibration as calibrate
     from llmq.ops.select import prepare
     from llmq.ops.tensor import QuantizedTensor
     from llmq.schemes.apply import quantize_

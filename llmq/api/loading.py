@@ -14,14 +14,12 @@ from typing import Any
 import torch
 
 from llmq.algorithms.report import LayerReport
+from llmq.api.calibrating import CalibrationSource, calibration_set
 from llmq.api.sizes import Size, size_of
-from llmq.calibration.corpus import resolve_text, token_stream
-from llmq.calibration.recorder import CalibrationSet, InputRecorder
+from llmq.calibration.recorder import CalibrationSet
 from llmq.calibration.sequential import quantize_sequential
 from llmq.checkpoint import Checkpoint, load_model, load_tokenizer_for, open_checkpoint
-from llmq.checkpoint.sniff import Kind, sniff
 from llmq.errors import UsageError, suggest
-from llmq.model.config import LlamaConfig
 from llmq.model.kv_cache import AUTO, kv_bytes_per_token, kv_dtype, kv_name
 from llmq.model.llama import Llama
 from llmq.model.native import NativeLlama
@@ -37,12 +35,8 @@ from llmq.schemes.apply import quantize_
 from llmq.schemes.registry import ResolvedScheme, resolve
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DEFAULT_WINDOWS = 128
-"""Calibration windows where no number is asked for and the text has as many."""
 HEAD = "lm_head"
 HEAD_KEPT = "the output head is kept unless --lm-head"
-MAX_DEFAULT_WINDOW = 2048
-"""Longest window that is chosen without being asked for: the papers' length, and a bound on memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +76,6 @@ class Setup:
     def environment(self) -> Environment:
         """What a result record says of the machine."""
         return capture(threads=torch.get_num_threads(), device=self.device)
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationSource:
-    """Where calibration windows come from: a text, or a file that `llmq calibrate` wrote; None is the default text.
-
-    `windows` None takes `DEFAULT_WINDOWS`, or as many as the text has; `length` None takes `context_window`.
-    """
-
-    source: str | None = None
-    windows: int | None = None
-    length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +226,9 @@ def apply_recipe(loaded: Loaded, recipe: Recipe, *, progress: Progress = SILENT)
         loaded.setup = replace(loaded.setup, dtype=resolved.name)
     skip = recipe.skipped(linear_fqns(loaded.model)) if resolved.baseline_dtype is None else recipe.skip
     if resolved.needs_calibration:
-        calibration = calibration_set(loaded, recipe.calibration, progress=progress)
+        calibration = calibration_set(
+            loaded.tokenizer, loaded.model.config, recipe.calibration, seed=loaded.setup.seed, progress=progress
+        )
         loaded.calibration = calibration
         loaded.coverage, loaded.reports = quantize_sequential(
             loaded.model, resolved, calibration, skip=skip, skip_unfit=recipe.skip_unfit, progress=progress
@@ -264,31 +248,6 @@ def explain_head(coverage: Coverage, recipe: Recipe) -> Coverage:
     return replace(coverage, rows=tuple(rows))
 
 
-def calibration_set(loaded: Loaded, source: CalibrationSource, *, progress: Progress = SILENT) -> CalibrationSet:
-    """Read a recorded calibration set, or record one from a text."""
-    if source.source and Path(source.source).is_file() and sniff(Path(source.source)) is Kind.SAFETENSORS:
-        return CalibrationSet.load(Path(source.source), tokenizer=loaded.tokenizer)
-    length = source.length or context_window(loaded.model.config)
-    return record_text(loaded.tokenizer, source.source, source.windows, length, loaded.setup.seed, progress=progress)
-
-
-def record_text(
-    tokenizer: Tokenizer, named: str | None, windows: int | None, length: int, seed: int, *, progress: Progress = SILENT
-) -> CalibrationSet:
-    """Record windows of a text; says which text, and how many windows where nobody said."""
-    text = resolve_text(named, split="train")
-    if windows is None:
-        available = len(token_stream(tokenizer, text.documents())) // length
-        windows = max(1, min(DEFAULT_WINDOWS, available))
-    progress.note(f"calibration text: {text.name}, {windows} windows of {length} tokens")
-    return InputRecorder(tokenizer, windows=windows, length=length, seed=seed).record_text(text)
-
-
 def linear_fqns(model: torch.nn.Module) -> list[str]:
     """Names of all linears, in the model's order."""
     return [fqn for fqn, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-
-
-def context_window(config: LlamaConfig) -> int:
-    """Window length where none is asked for: the model's context, at most `MAX_DEFAULT_WINDOW` tokens."""
-    return min(config.max_position_embeddings, MAX_DEFAULT_WINDOW)

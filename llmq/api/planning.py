@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from llmq.api.loading import DEFAULT_WINDOWS, Recipe, Setup, context_window, explain_head, linear_fqns
+from llmq.api.calibrating import DEFAULT_WINDOWS, context_window
+from llmq.api.loading import Recipe, Setup, explain_head, linear_fqns
 from llmq.checkpoint import open_checkpoint
 from llmq.errors import UsageError
 from llmq.model.kv_cache import kv_bytes_per_token, kv_name

@@ -1,4 +1,4 @@
-"""Recording calibration sets, and writing quantized checkpoints."""
+"""Writing quantized checkpoints."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from llmq import __version__
-from llmq.api.loading import DEFAULT_WINDOWS, Loaded, Recipe, Setup, apply_recipe, context_window, record_text
-from llmq.calibration.recorder import CalibrationSet, InputRecorder
-from llmq.checkpoint import Manifest, load_model, load_tokenizer_for, open_checkpoint, save_model
+from llmq.api.loading import Loaded, Recipe, Setup, apply_recipe
+from llmq.checkpoint import Manifest, load_model, open_checkpoint, save_model
 from llmq.errors import UsageError
 from llmq.files import check_absent
 from llmq.progress import SILENT, Progress
@@ -18,18 +17,6 @@ from llmq.results.record import Metric, Protocol, ResultRecord
 
 _VERSIONED = ("torch", "safetensors")
 """Packages whose version can change the bytes that are written."""
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationInput:
-    """What to record: one of a text file, a dataset or lm-eval tasks (none of them: the default text)."""
-
-    text: str | None = None
-    dataset: str | None = None
-    tasks: str | None = None
-    column: str = "text"
-    windows: int | None = None
-    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,34 +27,6 @@ class Quantized:
     loaded: Loaded
     manifest: Manifest
     record: ResultRecord
-
-
-def record_calibration(
-    path: str, source: CalibrationInput, out: Path, *, seed: int = 0, force: bool = False, progress: Progress = SILENT
-) -> CalibrationSet:
-    """Record token windows for the tokenizer of a checkpoint and write them to `out`.
-
-    Raises:
-        UsageError: more than one source is named.
-        TextError: the source cannot be read, or has too few tokens.
-        OutputError: `out` exists and `force` is not set.
-    """
-    check_absent(out, force=force)
-    named = [name for name in ("text", "dataset", "tasks") if getattr(source, name)]
-    if len(named) > 1:
-        raise UsageError(f"name one source of calibration windows, got {' and '.join(f'--{name}' for name in named)}.")
-    checkpoint = open_checkpoint(path)
-    length = source.length or context_window(checkpoint.config)
-    tokenizer = load_tokenizer_for(checkpoint)
-    recorder = InputRecorder(tokenizer, windows=source.windows or DEFAULT_WINDOWS, length=length, seed=seed)
-    if source.dataset:
-        recorded = recorder.record_dataset(source.dataset, column=source.column)
-    elif source.tasks:
-        recorded = recorder.record_tasks([name.strip() for name in source.tasks.split(",") if name.strip()])
-    else:
-        recorded = record_text(tokenizer, source.text, source.windows, length, seed, progress=progress)
-    recorded.save(out, force=force)
-    return recorded
 
 
 def quantize_checkpoint(

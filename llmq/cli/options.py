@@ -10,7 +10,8 @@ import typer
 from llmq.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmq.api.loading import CalibrationSource, Recipe, Setup
+    from llmq.api.calibrating import CalibrationSource
+    from llmq.api.loading import Recipe, Setup
 
 RUNNING = "How it runs"
 QUANTIZING = "Quantization"
@@ -197,6 +198,6 @@ def recipe(
 
 def calibration_source(source: str | None, windows: int | None, length: int | None) -> CalibrationSource:
     """Gather the options of the panel 'Calibration'."""
-    from llmq.api.loading import CalibrationSource
+    from llmq.api.calibrating import CalibrationSource
 
     return CalibrationSource(source, windows, length)

@@ -91,7 +91,7 @@ def calibrate(
     force: o.Force = False,
 ) -> None:
     """Record token windows into a calibration set that any run can reuse. Default source: WikiText-2's training split."""
-    from llmq.api.quantizing import CalibrationInput, record_calibration
+    from llmq.api.calibrating import CalibrationInput, record_calibration
     from llmq.cli import render
 
     with render.reporting() as progress:

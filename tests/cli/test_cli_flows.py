@@ -12,7 +12,7 @@ from cli_runs import records_of, run_llmq
 from safetensors.torch import load_file, save_file
 
 import llmq
-from llmq.api.loading import CalibrationSource
+from llmq.api.calibrating import CalibrationSource
 
 SMALL = ("--window", 64, "--limit", 4)
 
