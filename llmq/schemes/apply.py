@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from llmq.schemes.registry import resolve
 LinearFilter = Callable[[str, nn.Linear], bool]
 """Given a linear's fqn and module, whether the scheme is for it."""
 
+NO_OVERRIDES: Mapping[str, ResolvedScheme] = MappingProxyType({})
+
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,6 +38,7 @@ def quantize_(  # noqa: PLR0913 - the library's one call: what to apply, where, 
     skip_unfit: bool = False,
     dtype: torch.dtype | None = None,
     statistics: Mapping[str, Tensor | Statistics] | None = None,
+    overrides: Mapping[str, ResolvedScheme] | None = None,
 ) -> Coverage:
     """Quantize the linears of a module in place. Everything is checked first: on an error nothing has changed.
 
@@ -53,6 +57,7 @@ def quantize_(  # noqa: PLR0913 - the library's one call: what to apply, where, 
             weight's own, and nothing is cast. A baseline casts to its own.
         statistics: for schemes that need calibration: what is known of each linear, by fqn; a tensor is the Hessian [K, K] of
             its inputs.
+        overrides: schemes of single linears, by fqn, instead of `scheme`.
 
     Returns:
         What was done to every parameter, and why not.
@@ -65,15 +70,16 @@ def quantize_(  # noqa: PLR0913 - the library's one call: what to apply, where, 
     resolved = resolve(scheme, options) if isinstance(scheme, str) else scheme
     if options and not isinstance(scheme, str):
         raise UsageError("options belong to a scheme that is given by name; this one is resolved already.")
-    decisions = decide(module, resolved, filter=filter, skip=skip, skip_unfit=skip_unfit, dtype=dtype)
-    covered = [decision for decision in decisions if decision.covered]
-    if resolved.needs_calibration:
-        missing = [decision.fqn for decision in covered if decision.fqn not in (statistics or {})]
-        if missing:
-            raise SchemeError(
-                f"scheme {resolved.name} needs statistics of the inputs of {_listed(missing)}; quantize with calibration text "
-                "(llmq.calibration.quantize_sequential, `llmq quantize --calibration`), or pass a Hessian a linear in statistics."
-            )
+    decisions = decide(module, resolved, filter=filter, skip=skip, skip_unfit=skip_unfit, dtype=dtype, overrides=overrides or {})
+    needy = [decision for decision in decisions if decision.scheme is not None and decision.scheme.needs_calibration]
+    missing = [decision for decision in needy if decision.fqn not in (statistics or {})]
+    if missing:
+        assert missing[0].scheme is not None
+        fqns = [decision.fqn for decision in missing]
+        raise SchemeError(
+            f"scheme {missing[0].scheme.name} needs statistics of the inputs of {_listed(fqns)}; quantize with calibration text "
+            "(llmq.calibration.quantize_sequential, `llmq quantize --calibration`), or pass a Hessian a linear in statistics."
+        )
     absent = [decision.fqn for decision in decisions if decision.format and decision.parameter.is_meta]
     if absent:
         raise SchemeError(f"the weights of {_listed(absent)} are on the meta device, without values; load the checkpoint first.")
@@ -85,12 +91,12 @@ def quantize_(  # noqa: PLR0913 - the library's one call: what to apply, where, 
         if decision.linear is None or decision.format is None:
             continue
         key = id(decision.parameter)
-        if decision.covered and isinstance(decision.format.weight, IntGrid):
+        if decision.scheme is not None and isinstance(decision.format.weight, IntGrid):
             if key not in swapped:
                 weight = plain_weight(decision.parameter)
-                known = statistics[decision.fqn] if statistics is not None and resolved.needs_calibration else None
+                known = (statistics or {}).get(decision.fqn) if decision.scheme.needs_calibration else None
                 known = Statistics(known) if isinstance(known, Tensor) else known
-                quantized, report = resolved.quantize_weight(weight, known, decision.fqn)
+                quantized, report = decision.scheme.quantize_weight(weight, known, decision.fqn)
                 swapped[key] = quantized_parameter(quantized, decision.format, compute or weight.dtype)
                 noise[decision.fqn] = report.sqnr_db
             decision.linear.weight = swapped[key]
@@ -108,9 +114,10 @@ def plan(
     skip: Sequence[str] = (),
     skip_unfit: bool = False,
     dtype: torch.dtype | None = None,
+    overrides: Mapping[str, ResolvedScheme] | None = None,
 ) -> Coverage:
     """Say what `quantize_` would do, without doing it; the module may be on the meta device. Raises what `decide` raises."""
-    decisions = decide(module, resolved, filter=filter, skip=skip, skip_unfit=skip_unfit, dtype=dtype)
+    decisions = decide(module, resolved, filter=filter, skip=skip, skip_unfit=skip_unfit, dtype=dtype, overrides=overrides or {})
     dtypes = {decision.fqn: decision.parameter.dtype for decision in decisions}
     return coverage(resolved.name, decisions, dtypes=dtypes, noise={}, compute=resolved.baseline_dtype or dtype)
 
@@ -123,6 +130,7 @@ def decide(
     skip: Sequence[str] = (),
     skip_unfit: bool = False,
     dtype: torch.dtype | None = None,
+    overrides: Mapping[str, ResolvedScheme] = NO_OVERRIDES,
 ) -> list[Decision]:
     """Decide what `quantize_` will do with every parameter; changes nothing, and works on the meta device.
 
@@ -144,7 +152,12 @@ def decide(
             continue
         if isinstance(parameter, QuantizedTensor) and isinstance(parameter.format.weight, IntGrid):
             raise SchemeError(f"{fqn or 'the linear'} is quantized already; start from the original weights.")
-        decision = _decide_linear(fqn, linear, resolved, compute, filter=filter, skip=skip)
+        override = overrides.get(fqn)
+        decision = _decide_linear(fqn, linear, override or resolved, compute, filter=filter, skip=skip)
+        if decision.covered and override is not None and override.baseline_dtype is not None:
+            decision = Decision(
+                fqn, linear, parameter, _kept(parameter, compute), f"kept in float: overridden with {override.name}"
+            )
         if decision.covered and decision.format and (misfit := decision.format.weight.misfit(*parameter.shape)):
             unfit.append((fqn, linear, misfit))
             decision = Decision(fqn, linear, parameter, _kept(parameter, compute), f"does not fit: {misfit}")
@@ -175,7 +188,7 @@ def _decide_linear(
         return Decision(fqn, linear, weight, None, f"{weight.dtype} is no compute dtype, and no other was asked for")
     if resolved.baseline_dtype is None and any(fnmatchcase(fqn, pattern) for pattern in skip):
         return Decision(fqn, linear, weight, _kept(weight, compute), "skipped as asked")
-    return Decision(fqn, linear, weight, resolved.format)
+    return Decision(fqn, linear, weight, resolved.format, scheme=resolved)
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmq.numerics.grid import FloatGrid, Grid, IntGrid, LinearFormat
 from llmq.ops.tensor import QuantizedTensor
 from llmq.results.coverage import Coverage, CoverageRow
+from llmq.schemes.base import ResolvedScheme
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Decision:
         parameter: as it is now.
         format: what a linear becomes (a scheme's format, or the float grid of a linear that is left alone); None: untouched.
         reason: why the scheme leaves it alone; empty where it does not.
+        scheme: what chooses the codes of a linear that is covered; None for what is left alone.
     """
 
     fqn: str
@@ -30,6 +32,7 @@ class Decision:
     parameter: Tensor
     format: LinearFormat | None
     reason: str = ""
+    scheme: ResolvedScheme | None = None
 
     @property
     def covered(self) -> bool:
