@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class LayerReport:
         dead_columns: inputs that were zero in the whole calibration set.
         rtn_rows: rows for which rounding to nearest lost less, and was kept.
         fallback: why rounding to nearest was used for the whole layer; None where it was not.
+        tuned: the block was then learned as a whole, with other codes.
         seconds: wall time. Not part of `to_json`: the same run writes the same bytes.
     """
 
@@ -37,6 +38,7 @@ class LayerReport:
     dead_columns: int = 0
     rtn_rows: int = 0
     fallback: str | None = None
+    tuned: bool = False
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -44,10 +46,18 @@ class LayerReport:
         return {key: value for key, value in asdict(self).items() if key != "seconds"}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> LayerReport:
-        """Inverse of `to_json`; `seconds` is 0."""
+    def from_json(cls, data: dict[str, Any], *, seconds: float = 0.0) -> LayerReport:
+        """Inverse of `to_json`."""
         n, k = data["shape"]
-        return cls(**{**data, "shape": (n, k)})
+        return cls(**{**data, "shape": (n, k)}, seconds=seconds)
+
+    def after_tuning(self, weight: Tensor, quantized: Tensor, *, seconds: float) -> LayerReport:
+        """Return the report of a weight [N, K] whose block was tuned as a whole after it was quantized.
+
+        The codes are others now and aim at the block's output: their own loss is not known.
+        """
+        noise = sqnr_db(weight, quantized)
+        return replace(self, sqnr_db=noise, loss=None, rtn_loss=None, tuned=True, seconds=self.seconds + seconds)
 
 
 def sqnr_db(weight: Tensor, quantized: Tensor) -> float | None:

@@ -1,88 +1,82 @@
 """Quantize a model block by block, each block for the inputs that the quantized blocks before it produce.
 
-    windows -> embed -> h                                       all windows, fp32
+    windows -> embed -> h                                       all windows, bf16 unless asked otherwise
     for each block, on a copy of it in fp32:
-        h through the block, as it still is                     -> one Hessian for each group of linears of one input
-        each linear's weight and its Hessian                    -> codes; the copy goes on with the numbers they mean
+        h through the block, as it still is                     -> second moments for each group of linears of one input
+        each linear's weight and its statistics                 -> codes; the copy goes on with the numbers they mean
         h through the block, as it is now                       -> h for the next block
 
-At any time there are one block's fp32 copy, its Hessians, and h; the model itself changes only where a linear is finished.
+Where a scheme asks for it, the original model's hidden states go through the original blocks beside h. At any time there are
+one block's fp32 copy, its moments, and the hidden states. A `Keeper` brings each part's parameters and takes its final ones;
+what it says was finished by an earlier run is only run through, which gives the next block the same h, bit for bit.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llmq.algorithms.report import LayerReport
-from llmq.algorithms.statistics import Statistics
-from llmq.calibration.hessian import Hessian, LinearGroups, inputs_of
+from llmq.algorithms.statistics import Needs, Statistics
+from llmq.calibration.activations import Activations, activation_dtype
+from llmq.calibration.gather import Moments, find_groups, gather
 from llmq.calibration.recorder import CalibrationSet
-from llmq.errors import SchemeError, TextError, UsageError
+from llmq.calibration.stages import EMBEDDING, BlockModel, InMemory, Keeper, Stage, block_model, stages_of
+from llmq.errors import SchemeError, TextError
 from llmq.numerics.grid import IntGrid
+from llmq.numerics.weight import QuantizedWeight
 from llmq.progress import SILENT, Progress
+from llmq.ranks import Ranks, assign
 from llmq.results.coverage import Coverage
-from llmq.schemes.apply import decide, plain_weight, quantized_parameter, wrap_floats_
+from llmq.schemes.apply import NO_OVERRIDES, decide, plain_weight, quantized_parameter, wrap_floats_
 from llmq.schemes.base import ResolvedScheme
+from llmq.schemes.block import BlockWork
 from llmq.schemes.cover import Decision, coverage
 
-BATCH_TOKENS = 2048
-"""Tokens that go through a block at once: enough for full speed, few enough for little memory."""
 
+class Factors(Protocol):
+    """Where the Fisher factors of the linears are."""
 
-class BlockModel(Protocol):
-    """What the walk needs of a model; `llmq.model.llama.Llama` has it."""
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The blocks, in order; each maps (h, context) to h."""
-        ...
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Return h [B, T, hidden] of tokens [B, T]."""
-        ...
-
-    def context(self, h: Tensor) -> Any:
-        """Return what blocks need besides `h`; it depends on h's shape and dtype only."""
-        ...
-
-    def head(self, h: Tensor) -> Tensor:
-        """Return logits of `h` after the last block."""
+    def read(self, fqn: str) -> tuple[Tensor, Tensor]:
+        """Return H_I [K, K] and H_O [N, N] of a linear."""
         ...
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """A part of the model that is quantized at a time.
+class WalkSettings:
+    """How the walk runs, beside what the schemes decide.
 
     Attributes:
-        module: what owns the linears.
-        run: maps (module, h, context) to h.
-        targets: what to quantize, by the linear's name inside `module`.
-        is_head: it is the last, and works on the model itself in its own dtype; nothing comes after it.
+        activations: dtype of the hidden states between blocks: 'bf16' or 'fp32'.
+        spill: folder on whose disk they lie; None: in memory.
+        factors: where Fisher factors are, for schemes that need them.
+        ranks: the processes that share the windows and the linears.
     """
 
-    module: nn.Module
-    run: Callable[[nn.Module, Tensor, Any], Tensor]
-    targets: dict[str, Decision]
-    is_head: bool = False
+    activations: str = "bf16"
+    spill: Path | None = None
+    factors: Factors | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
 
-def quantize_sequential(
+def quantize_sequential(  # noqa: PLR0913 - what to apply, where, and how
     model: nn.Module,
     resolved: ResolvedScheme,
     calibration: CalibrationSet,
     *,
     skip: Sequence[str] = (),
     skip_unfit: bool = False,
+    overrides: Mapping[str, ResolvedScheme] = NO_OVERRIDES,
+    settings: WalkSettings | None = None,
     progress: Progress = SILENT,
 ) -> tuple[Coverage, list[LayerReport]]:
-    """Quantize a model in place, block by block, propagating quantized inputs.
+    """Quantize a model in memory, in place, block by block, propagating quantized inputs.
 
     What can be checked is checked first. Where an activation turns out not to be finite, the blocks before it are quantized
     already: load the model again.
@@ -93,7 +87,9 @@ def quantize_sequential(
         calibration: token windows.
         skip: see `schemes.apply.quantize_`.
         skip_unfit: see `schemes.apply.quantize_`.
-        progress: hears of each window that went through a block (twice a block), and of every fallback.
+        overrides: see `schemes.apply.quantize_`.
+        settings: see `WalkSettings`.
+        progress: see `Walk.run`.
 
     Returns:
         What was done to every parameter, and a report for each quantized linear, in the order in which they were done.
@@ -104,103 +100,297 @@ def quantize_sequential(
         TextError: the windows hold tokens that the model does not have.
         UsageError: a pattern matches no linear, the windows are longer than the context, or the model is no `BlockModel`.
     """
-    walked = _check_model(model, calibration)
-    decisions = decide(model, resolved, skip=skip, skip_unfit=skip_unfit)
+    block_model(model)
+    decisions = decide(model, resolved, skip=skip, skip_unfit=skip_unfit, overrides=overrides)
     dtypes = {decision.fqn: decision.parameter.dtype for decision in decisions}
-    stages = _stages(walked, decisions)
-    reports: list[LayerReport] = []
-    batch = max(1, BATCH_TOKENS // calibration.info.length)
-    with torch.no_grad():
-        windows = calibration.tokens.to(next(model.parameters()).device, torch.int64)
-        h = torch.cat([walked.embed(tokens).float() for tokens in torch.split(windows, batch)])
-        batches = torch.split(h, batch)  # views: every stage replaces them in place
-        context = walked.context(h[:1])
-        with progress.task(f"{resolved.name}, block by block", total=2 * len(h) * len(stages)) as advance:
-            for stage in stages:
-                work = stage.module if stage.is_head else _float_copy(stage.module)
-                reports += _quantize_stage(stage, work, resolved, (batches, context), advance)
-                for x in batches:
-                    if not stage.is_head:
-                        x.copy_(stage.run(work, x, context))
-                    advance(len(x))
-    for report in reports:
-        if report.fallback is not None:
-            progress.note(f"{report.fqn} was rounded to nearest: {report.fallback}")
-    wrap_floats_([decision for decision in decisions if decision.linear is not None and decision.format is not None])
+    reports = Walk(model, decisions, calibration, settings=settings).run(progress=progress)
     noise = {report.fqn: report.sqnr_db for report in reports}
     return coverage(resolved.name, decisions, dtypes=dtypes, noise=noise, compute=None), reports
 
 
-def _quantize_stage(
-    stage: _Stage,
-    work: nn.Module,
-    resolved: ResolvedScheme,
-    inputs: tuple[Sequence[Tensor], Any],
-    advance: Callable[[int], None],
-) -> list[LayerReport]:
-    """Quantize the linears of one stage; `work` (its copy in fp32) gets the numbers that their codes mean.
+class Walk:
+    """One walk through a model.
 
-    Args:
-        stage: what to quantize.
-        work: the module that is run.
-        resolved: the scheme.
-        inputs: batches of h [B, T, hidden], and the context.
-        advance: hears of each window.
+    Attributes:
+        model: see `quantize_sequential`; its parameters may be on the meta device where the keeper opens them.
+        decisions: what is to become of every parameter.
+        calibration: token windows; None where no scheme needs any: then nothing is run.
+        keeper: who has the parameters.
+        settings: how it runs.
     """
-    batches, context = inputs
-    linears = {name: module for name, module in work.named_modules() if name in stage.targets and isinstance(module, nn.Linear)}
-    groups = _find_groups(stage, work, linears, batches[0][:1], context) if linears else []
-    sums = {group[0]: Hessian() for group in groups if resolved.needs_calibration}
-    with inputs_of({name: linears[name] for name in sums}, lambda name, x: sums[name].add(x)):
-        for x in batches:
-            if sums:
-                stage.run(work, x, context)
-            advance(len(x))
-    reports: list[LayerReport] = []
-    for group in groups:
-        statistics = Statistics(_finite(sums.pop(group[0]), stage, group)) if sums else None
-        reports += [_quantize_linear(stage.targets[name], linears[name], resolved, statistics) for name in group]
-    return reports
 
+    def __init__(
+        self,
+        model: nn.Module,
+        decisions: Sequence[Decision],
+        calibration: CalibrationSet | None,
+        *,
+        keeper: Keeper | None = None,
+        settings: WalkSettings | None = None,
+    ) -> None:
+        self.model: BlockModel = block_model(model)
+        self.calibration, self.keeper, self.settings = calibration, keeper or InMemory(), settings or WalkSettings()
+        self.stages = stages_of(self.model, decisions)
+        self.needs = _joined(decision for stage in self.stages for decision in stage.targets.values())
+        if calibration is not None:
+            _check_tokens(model, calibration)
+        self._q: Activations | None = None
+        self._f: Activations | None = None
+        self._context: Any = None
 
-def _quantize_linear(decision: Decision, work: nn.Linear, resolved: ResolvedScheme, statistics: Statistics | None) -> LayerReport:
-    assert decision.linear is not None
-    assert decision.format is not None
-    weight = plain_weight(decision.parameter)
-    quantized, report = resolved.quantize_weight(weight, statistics, decision.fqn)
-    if work is not decision.linear:
-        work.weight = nn.Parameter(quantized.dequantize(), requires_grad=False)
-    decision.linear.weight = quantized_parameter(quantized, decision.format, weight.dtype)
-    return report
+    def run(self, *, progress: Progress = SILENT) -> list[LayerReport]:
+        """Quantize all stages.
 
+        Args:
+            progress: hears of three steps for each window and stage, and of every fallback.
 
-def _finite(hessian: Hessian, stage: _Stage, group: list[str]) -> Tensor:
-    value = hessian.value()
-    if not torch.isfinite(value.diagonal()).all():
-        names = ", ".join(stage.targets[name].fqn for name in group)
-        raise SchemeError(f"the inputs of {names} are not finite during calibration; the model is broken before it is quantized.")
-    return value
+        Returns:
+            A report for each quantized linear, in the order in which they were done.
+        """
+        n = len(self._share()) if self.calibration is not None else 1
+        reports: list[LayerReport] = []
+        names = list(dict.fromkeys(d.scheme.name for stage in self.stages for d in stage.targets.values() if d.scheme))
+        with torch.no_grad(), progress.task(f"{', '.join(names) or 'copying'}, block by block", 3 * n * len(self.stages)) as go:
+            self._embed()
+            for stage in self.stages:
+                done = self.keeper.finished(stage.name)
+                reports += self._again(stage, done, go, n) if done is not None else self._first_time(stage, go, n)
+        for report in reports:
+            if report.fallback is not None:
+                progress.note(f"{report.fqn} was rounded to nearest: {report.fallback}")
+        return reports
 
+    def _share(self) -> range:
+        assert self.calibration is not None
+        return self.settings.ranks.share(len(self.calibration.tokens))
 
-def _find_groups(stage: _Stage, work: nn.Module, linears: dict[str, nn.Linear], h: Tensor, context: Any) -> list[list[str]]:
-    """Return the linears that read the same input, in the order of their calls, by their names inside the stage."""
-    seen = LinearGroups()
-    with inputs_of(linears, seen.see):
-        stage.run(work, h, context)
-    called = {name for group in seen.groups for name in group}
-    silent = [stage.targets[name].fqn for name in linears if name not in called]
-    if silent:
-        raise SchemeError(f"{', '.join(silent)} did not run when the model did, so nothing is known of the inputs; use --skip.")
-    return [list(dict.fromkeys(group)) for group in seen.groups]
+    def _embed(self) -> None:
+        """Fill the hidden states with the embedded windows of this process."""
+        self.keeper.open(EMBEDDING)
+        if self.calibration is not None:
+            share = self._share()
+            windows = self.calibration.tokens[share.start : share.stop].long()
+            first = self.model.embed(windows[:1])
+            shape = (len(windows), windows.shape[1], first.shape[2])
+            dtype = activation_dtype(self.settings.activations)
+            self._q = Activations(shape, dtype, spill=self.settings.spill)
+            start = 0
+            for batch in self._q.batches:
+                batch.copy_(self.model.embed(windows[start : start + len(batch)]))
+                start += len(batch)
+            self._context = self.model.context(first.float())
+            if self.needs & (Needs.UPSTREAM | Needs.TARGETS):
+                self._f = self._q.like(spill=self.settings.spill)
+        if self.keeper.finished(EMBEDDING) is None:
+            self.keeper.close(EMBEDDING, [])
+        else:
+            self.keeper.leave(EMBEDDING)
 
+    def _again(self, stage: Stage, done: list[LayerReport], go: Callable[[int], None], n: int) -> list[LayerReport]:
+        """Run the windows through a stage that was finished before."""
+        if self._q is not None and not stage.is_head:
+            if self._f is not None:
+                self.keeper.open(stage.name)
+                self._propagate(stage, stage.float_copy(), self._f, lambda _: None)
+                self.keeper.leave(stage.name)
+            self.keeper.restore(stage.name)
+            self._propagate(stage, stage.float_copy(), self._q, go)
+            self.keeper.leave(stage.name)
+            go(2 * n)
+        else:
+            go(3 * n)
+        return done
 
-def _check_model(model: nn.Module, calibration: CalibrationSet) -> BlockModel:
-    missing = [name for name in ("blocks", "embed", "context", "head") if not hasattr(model, name)]
-    if missing:
-        raise UsageError(
-            f"block by block calibration needs a model with blocks, embed, context and head (as llmq.model.llama.Llama has); "
-            f"{type(model).__name__} has no {', '.join(missing)}. Give quantize_ the Hessians in `statistics` instead."
+    def _first_time(self, stage: Stage, go: Callable[[int], None], n: int) -> list[LayerReport]:
+        """Quantize a stage, close it, and run the windows through what it has become."""
+        self.keeper.open(stage.name)
+        if self._q is None or (stage.is_head and not stage.targets):
+            reports = self._quantize(stage, self._block_work(stage, stage.module, []), {}, go, n) if stage.targets else []
+            go(2 * n if stage.targets else 3 * n)
+        else:
+            reports = self._quantize_seen(stage, stage.float_copy(), go, n)
+        wrap_floats_([decision for decision in stage.decisions if decision.format is not None])
+        if self._q is not None:
+            if not stage.is_head:
+                self._propagate(stage, stage.float_copy(), self._q, go)  # from what is stored, as a resumed run has it
+            else:
+                go(n if stage.targets else 0)
+        self.keeper.close(stage.name, reports)
+        return reports
+
+    def _quantize_seen(self, stage: Stage, work: nn.Module, go: Callable[[int], None], n: int) -> list[LayerReport]:
+        """Quantize a stage with what its linears see."""
+        assert self._q is not None
+        targets = list(stage.targets.values())
+        needs = _joined(targets)
+        linears = {
+            name: module for name, module in work.named_modules() if name in stage.targets and isinstance(module, nn.Linear)
+        }
+        run = self._runner(stage, work)
+        groups = find_groups(linears, run, self._q.batches[0][:1]) if linears else []
+        silent = [stage.targets[name].fqn for name in linears if not any(name in group for group in groups)]
+        if silent:
+            raise SchemeError(
+                f"{', '.join(silent)} did not run when the model did, so nothing is known of the inputs; use --skip."
+            )
+        f, pairs = self._f, self._f
+        prepared = not stage.is_head and any(d.scheme is not None and d.scheme.prepares for d in targets)
+        if f is not None and not stage.is_head and (prepared or Needs.UPSTREAM not in needs):
+            # the original's states go on now, through weights that nobody has folded anything into yet
+            pairs = f.like(spill=self.settings.spill) if Needs.UPSTREAM in needs else None
+            self._propagate(stage, work, f, lambda _: None)
+        block = self._block_work(stage, work, groups)
+        if prepared:
+            self._prepare(stage, block)
+        moments = {
+            group[0]: Moments(_joined(stage.targets[name] for name in group))
+            for group in groups
+            if _joined(stage.targets[name] for name in group) & (Needs.INPUTS | Needs.UPSTREAM)
+        }
+        originals = pairs.batches if pairs is not None else [None] * len(self._q.batches)
+        going_on = f.batches if f is not None and pairs is f and not stage.is_head else None
+        gather(linears, moments, run, list(zip(self._q.batches, originals, strict=True)), go, going_on)
+        return self._quantize(stage, block, moments, go, n)
+
+    def _quantize(
+        self, stage: Stage, block: BlockWork, moments: dict[str, Moments], go: Callable[[int], None], n: int
+    ) -> list[LayerReport]:
+        """Choose the codes of every linear of a stage, and put them into the model."""
+        ranks = self.settings.ranks
+        names = [name for group in block.groups for name in group] or list(stage.targets)
+        weights: dict[str, QuantizedWeight] = {}
+        reports: dict[str, LayerReport] = {}
+        for group in block.groups or [[name] for name in names]:
+            hessian, upstream = moments.pop(group[0]).reduce(ranks) if group[0] in moments else (None, None)
+            if hessian is not None and not torch.isfinite(hessian.diagonal()).all():
+                fqns = ", ".join(stage.targets[name].fqn for name in group)
+                raise SchemeError(f"the inputs of {fqns} are not finite during calibration; the model is broken already.")
+            owners = assign([float(block.linears[name].weight.numel()) for name in group], ranks.size)
+            for name, owner in zip(group, owners, strict=True):
+                decision = stage.targets[name]
+                weight = plain_weight(block.linears[name].weight)
+                if owner == ranks.rank:
+                    statistics = self._statistics(decision, hessian, upstream)
+                    assert decision.scheme is not None
+                    weights[name], reports[name] = decision.scheme.quantize_weight(weight, statistics, decision.fqn)
+            for name, owner in zip(group, owners, strict=True):
+                weights[name], reports[name] = self._from_owner(stage.targets[name], weights.get(name), reports.get(name), owner)
+        ordered = {name: weights[name] for name in names}
+        if not stage.is_head:
+            ordered = self._tune(stage, block, ordered, reports)
+        for index, name in enumerate(names):
+            decision = stage.targets[name]
+            assert decision.linear is not None
+            assert decision.format is not None
+            dtype = plain_weight(decision.linear.weight).dtype
+            decision.linear.weight = quantized_parameter(ordered[name], decision.format, dtype)
+            go(n * (index + 1) // len(names) - n * index // len(names))
+        if not names:
+            go(n)
+        return [reports[name] for name in names]
+
+    def _from_owner(
+        self, decision: Decision, weight: QuantizedWeight | None, report: LayerReport | None, owner: int
+    ) -> tuple[QuantizedWeight, LayerReport]:
+        """Return a weight and its report as the process that made them has them."""
+        ranks = self.settings.ranks
+        if ranks.size > 1:
+            assert decision.format is not None
+            grid = decision.format.weight
+            assert isinstance(grid, IntGrid)
+            mine = ranks.rank == owner
+            data = ranks.json_from(report.to_json() if mine and report is not None else None, owner)
+            seconds = ranks.json_from(report.seconds if mine and report is not None else 0.0, owner)
+            n, k = decision.parameter.shape
+            weight = weight if mine and weight is not None else QuantizedWeight.empty(grid, n, k)
+            for tensor in weight.tensors:
+                ranks.tensor_from(tensor.view(-1).view(torch.uint8), owner)
+            report = report if mine else LayerReport.from_json(data, seconds=seconds)
+        assert weight is not None
+        assert report is not None
+        return weight, report
+
+    def _statistics(self, decision: Decision, hessian: Tensor | None, upstream: Tensor | None) -> Statistics | None:
+        if hessian is None:
+            return None
+        if decision.scheme is None or Needs.FISHER not in decision.scheme.needs:
+            return Statistics(hessian, upstream)
+        if self.settings.factors is None:
+            raise SchemeError(f"{decision.scheme.name} needs Fisher factors of {decision.fqn}; give the walk `factors`.")
+        return Statistics(hessian, upstream, *self.settings.factors.read(decision.fqn))
+
+    def _prepare(self, stage: Stage, block: BlockWork) -> None:
+        """Let each scheme change the block's float weights; norms that changed go into the model."""
+        for part, scheme in _by_scheme(stage, block):
+            scheme.scheme.prepare_block(part, scheme.options)
+        own = dict(stage.module.named_parameters())
+        for name, parameter in block.module.named_parameters():
+            if name.removesuffix(".weight") not in stage.targets and not torch.equal(parameter, plain_weight(own[name]).float()):
+                owner, _, leaf = name.rpartition(".")
+                stored = parameter.detach().to(plain_weight(own[name]).dtype)
+                setattr(stage.module.get_submodule(owner), leaf, nn.Parameter(stored, requires_grad=False))
+
+    def _tune(
+        self, stage: Stage, block: BlockWork, weights: dict[str, QuantizedWeight], reports: dict[str, LayerReport]
+    ) -> dict[str, QuantizedWeight]:
+        tuned = dict(weights)
+        for part, scheme in _by_scheme(stage, block):
+            if not scheme.tunes:
+                continue
+            started = time.perf_counter()
+            changed = scheme.scheme.tune_block(part, {name: weights[name] for name in part.linears}, scheme.options)
+            share = (time.perf_counter() - started) / max(1, len(changed))
+            for name, weight in changed.items():
+                tuned[name] = weight
+                reports[name] = reports[name].after_tuning(block.linears[name].weight, weight.dequantize(), seconds=share)
+        return tuned
+
+    def _block_work(self, stage: Stage, work: nn.Module, groups: list[list[str]]) -> BlockWork:
+        linears = {name: work.get_submodule(name) for name in stage.targets}
+        context = self._context
+        return BlockWork(
+            name=stage.prefix,
+            module=work,
+            linears={name: module for name, module in linears.items() if isinstance(module, nn.Linear)},
+            groups=groups,
+            inputs=self._q.batches if self._q is not None else (),
+            targets=self._f.batches if self._f is not None else None,
+            forward=lambda module, h: stage.forward(module, h, context),
         )
+
+    def _runner(self, stage: Stage, work: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda h: stage.forward(work, h, self._context)
+
+    def _propagate(self, stage: Stage, work: nn.Module, states: Activations, go: Callable[[int], None]) -> None:
+        for batch in states.batches:
+            batch.copy_(stage.forward(work, batch.float(), self._context))
+            go(len(batch))
+
+
+def _joined(decisions: Any) -> Needs:
+    needs = Needs.NONE
+    for decision in decisions:
+        if decision.scheme is not None:
+            needs |= decision.scheme.needs
+    return needs
+
+
+def _by_scheme(stage: Stage, block: BlockWork) -> list[tuple[BlockWork, ResolvedScheme]]:
+    """Return the block once for each scheme of its linears, with those linears only."""
+    parts: list[tuple[BlockWork, ResolvedScheme]] = []
+    schemes: list[ResolvedScheme] = []
+    for decision in stage.targets.values():
+        if decision.scheme is not None and decision.scheme not in schemes:
+            schemes.append(decision.scheme)
+    for scheme in schemes:
+        linears = {name: linear for name, linear in block.linears.items() if stage.targets[name].scheme == scheme}
+        groups = [[name for name in group if name in linears] for group in block.groups]
+        own = [group for group in groups if group]
+        parts.append((BlockWork(block.name, block.module, linears, own, block.inputs, block.targets, block.forward), scheme))
+    return parts
+
+
+def _check_tokens(model: nn.Module, calibration: CalibrationSet) -> None:
     vocabulary = next((module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)), None)
     largest = int(calibration.tokens.max())
     if vocabulary is not None and largest >= vocabulary:
@@ -208,34 +398,3 @@ def _check_model(model: nn.Module, calibration: CalibrationSet) -> BlockModel:
             f"the calibration set has token {largest}, and the model only {vocabulary} tokens; record it with this checkpoint's "
             "tokenizer."
         )
-    walked: BlockModel = model  # type: ignore[assignment]  # checked above
-    return walked
-
-
-def _stages(model: BlockModel, decisions: Sequence[Decision]) -> list[_Stage]:
-    """Cut the model into its blocks and the head, each with the linears that are to be quantized there."""
-    targets = {
-        id(decision.linear): decision
-        for decision in decisions
-        if decision.covered and decision.format is not None and isinstance(decision.format.weight, IntGrid)
-    }
-    stages = []
-    for block in model.blocks:
-        own = {name: targets.pop(id(module)) for name, module in block.named_modules() if id(module) in targets}
-        stages.append(_Stage(block, lambda module, h, context: module(h, context), own))
-    if targets:
-        assert isinstance(model, nn.Module)
-        own = {name: targets[id(module)] for name, module in model.named_modules() if id(module) in targets}
-        dtype = next(model.parameters()).dtype
-        stages.append(_Stage(model, lambda *args: model.head(args[1].to(dtype)), own, is_head=True))
-    return stages
-
-
-def _float_copy(module: nn.Module) -> nn.Module:
-    """Return a copy in fp32, with plain weights: the values of the original, and no kernel's rounding."""
-    work = copy.deepcopy(module)
-    for owner in work.modules():
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            plain = plain_weight(parameter).float()
-            setattr(owner, name, nn.Parameter(plain, requires_grad=False))
-    return work

@@ -74,6 +74,21 @@ class QuantizedWeight:
         return cls(grid, (codes.shape[0], codes.shape[1]), qdata, scale, zero_point)
 
     @classmethod
+    def empty(cls, grid: IntGrid, n: int, k: int) -> QuantizedWeight:
+        """Make room for a weight [n, k] that comes from elsewhere; what its tensors hold is not defined."""
+        scale_dtype = torch_dtype(grid.scale_dtype)
+        groups = grid.groups(k)
+        zero_dtype = torch.uint8 if grid.zero_point == "int" else scale_dtype
+        row = k if grid.bits == 8 else -(-k * grid.bits // 8)
+        return cls(
+            grid,
+            (n, k),
+            torch.empty(n, row, dtype=torch.int8 if grid.bits == 8 and grid.symmetric else torch.uint8),
+            torch.empty(n, groups, dtype=scale_dtype),
+            None if grid.zero_point == "none" else torch.empty(n, groups, dtype=zero_dtype),
+        )
+
+    @classmethod
     def from_float(cls, weight: Tensor) -> QuantizedWeight:
         """Wrap an unquantized weight [N, K] of float32, bfloat16 or float16; its memory is shared."""
         if weight.dim() != 2:

@@ -75,6 +75,14 @@ class Scheme(ABC, Generic[OptionsT]):
         """Return what has to be gathered with calibration text; a scheme that needs nothing is data-free."""
         return Needs.NONE
 
+    def prepares(self, options: OptionsT) -> bool:  # noqa: ARG002
+        """Return whether `prepare_block` does something under these options."""
+        return False
+
+    def tunes(self, options: OptionsT) -> bool:  # noqa: ARG002
+        """Return whether `tune_block` does something under these options."""
+        return False
+
     def prepare_block(self, work: BlockWork, options: OptionsT) -> None:
         """Change the block's float weights before statistics are gathered, so that it computes the same function.
 
@@ -155,6 +163,16 @@ class ResolvedScheme:
     def needs(self) -> Needs:
         """What has to be gathered with calibration text."""
         return self.scheme.needs(self.options)
+
+    @property
+    def prepares(self) -> bool:
+        """See `Scheme.prepares`."""
+        return self.scheme.prepares(self.options)
+
+    @property
+    def tunes(self) -> bool:
+        """See `Scheme.tunes`."""
+        return self.scheme.tunes(self.options)
 
     @property
     def needs_calibration(self) -> bool:
