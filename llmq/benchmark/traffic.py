@@ -2,8 +2,10 @@
 
 Bytes of one decode step, for B sequences of which each sees `visible` tokens (itself included):
 
-    linears       every nn.Linear's weight as stored: codes, scales and zero points; the output head too. Once a step, however
-                  many sequences. A head tied to the embedding is one such weight, and the table is not counted again.
+    linears       every nn.Linear's weight as it lies in memory: codes, scales and zero points; the output head too. Once a
+                  step, however many sequences. A head tied to the embedding is one such weight, and the table is not
+                  counted again. A model that is prepared is counted in its kernels' layouts, padding included: there, codes
+                  of 2 and 3 bits take 4. A model that is not there is counted as its formats store it.
     vectors       norm weights and biases
     embedding     one row of the embedding table for each sequence
     kv            keys and values of all visible tokens, for each sequence (a sliding layer reads no more than its window);
@@ -37,7 +39,7 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True, slots=True)
 class LinearTraffic:
-    """One linear: its name, shape [N, K], and the bytes that its weight stores."""
+    """One linear: its name, shape [N, K], and the bytes of its weight where it lies."""
 
     fqn: str
     n: int
@@ -202,7 +204,7 @@ def floor(nbytes: int, flops: int, *, bandwidth_gbps: float, peak_gflops: float)
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Bytes that a tensor stores: codes, scales and zero points of a quantized one."""
+    """Bytes of a tensor where it lies: of a quantized one those of codes, scales and zero points, in the layout that it is in."""
     return tensor.nbytes_stored if isinstance(tensor, QuantizedTensor) else tensor.numel() * tensor.element_size()
 
 

@@ -10,7 +10,9 @@ With `s` the scale, `z` the zero point and `mid = (quant_max + quant_min + 1) / 
     NONE    q * s                   q = clamp(round(x * (1 / s)))
     FLOAT   (q - mid) * s + z       q = clamp(round((x - (z - s * mid)) / s))      (the tinygemm kernels' meaning)
 
-Rounding is to nearest, ties to even. The arithmetic, down to the order of the operations and the reciprocal of the scale,
+Rounding is to nearest, ties to even. A scale may be any finite number: a negative one turns the grid round. With a scale of 0, or
+so small that its reciprocal is infinite (up to 2**-128 in fp32), all codes mean one number as far as rounding is concerned, and
+code z (FLOAT: 0) is taken. The arithmetic, down to the order of the operations and the reciprocal of the scale,
 is that of torchao.quantization.quant_primitives, against which the tests compare every bit.
 """
 
@@ -158,9 +160,10 @@ def quantize_affine(  # noqa: PLR0913 - as above
     x = input.reshape(blocks)
     if zero_point_domain is ZeroPointDomain.FLOAT and z is not None:
         lowest = z - s * ((quant_max + quant_min + 1) / 2)
-        codes = torch.round((x - lowest) / s)
+        codes = torch.round((x - lowest) / torch.where(s == 0, torch.inf, s))
     else:
-        codes = torch.round(x * (1.0 / s))
+        inverse = 1.0 / s
+        codes = torch.round(x * torch.where(inverse.isinf(), 0.0, inverse))
         if z is not None:
             codes = codes + z
     return torch.clamp(codes, quant_min, quant_max).reshape(shape).to(output_dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 from llmq.numerics.grid import IntGrid
 from llmq.numerics.weight import QuantizedWeight
 from llmq.ops.features import aten_capability, has_int8_dot, is_x86
+from llmq.ops.nibbles import from_nibbles, is_nibble, nibble_codes
 from llmq.ops.reference import computable, finish, quantize_activation
 from llmq.ops.schema import SUPPORTED, CanonicalLayout, Case, Support, unsupported
 
@@ -110,7 +111,7 @@ class AtenInt4PackCpu:
     """
 
     name = "aten-int4pack-cpu"
-    formats = "int4 weights, groups of 32 to 256, bf16 scales, symmetric or float zero point; bf16 activations"
+    formats = "int4, int3 and int2 weights (all read as 4 bits), groups of 32 to 256, bf16 scales, no or float zero point; bf16"
     min_rows = 1
     max_rows: int | None = None
 
@@ -137,7 +138,7 @@ class AtenInt4PackCpu:
 
     def prepack(self, weight: QuantizedWeight) -> tuple[Tensor, ...]:
         """See `Kernel.prepack`."""
-        packed = _pack_int4_cpu(unsigned_codes(weight))
+        packed = _pack_int4_cpu(nibble_codes(weight))
         return aligned(packed), aligned(scale_and_zero(weight))
 
     def unpack(self, tensors: tuple[Tensor, ...], case: Case) -> QuantizedWeight:
@@ -224,8 +225,8 @@ def int8_dynamic(case: Case) -> Support:
 def tinygemm_grid(case: Case) -> Support:
     """Whether the weight is (q - 8) * s + z with bf16 s and z, exactly, in groups the tinygemm kernels know."""
     grid = case.format.weight
-    if not isinstance(grid, IntGrid) or grid.bits != 4:
-        return unsupported("it takes 4-bit weights")
+    if not isinstance(grid, IntGrid) or not is_nibble(grid):
+        return unsupported("it takes weights of 2 to 4 bits")
     if grid.zero_point == "int":
         return unsupported("it takes symmetric weights or float zero points; an integer zero point times a bf16 scale is rounded")
     if grid.scale_dtype != "bfloat16":
@@ -236,12 +237,6 @@ def tinygemm_grid(case: Case) -> Support:
     return SUPPORTED
 
 
-def unsigned_codes(weight: QuantizedWeight) -> Tensor:
-    """Return 4-bit codes as tinygemm counts them, uint8 [N, K] in [0, 15]."""
-    codes = weight.codes()
-    return (codes + 8).to(torch.uint8) if codes.dtype == torch.int8 else codes
-
-
 def scale_and_zero(weight: QuantizedWeight) -> Tensor:
     """Return tinygemm's [K/G, N, 2]: the scale, and the number at code 8 (0 for a symmetric weight)."""
     assert weight.scale is not None
@@ -250,13 +245,11 @@ def scale_and_zero(weight: QuantizedWeight) -> Tensor:
 
 
 def from_tinygemm(codes: Tensor, scales: Tensor, case: Case) -> QuantizedWeight:
-    """Inverse of `unsigned_codes` and `scale_and_zero`."""
+    """Inverse of `nibble_codes` and `scale_and_zero`."""
     grid = case.format.weight
     assert isinstance(grid, IntGrid)
     scale, zero = (part.contiguous() for part in scales.transpose(0, 1).unbind(-1))
-    if grid.symmetric:
-        return QuantizedWeight.from_codes(grid, codes.to(torch.int8) - 8, scale)
-    return QuantizedWeight.from_codes(grid, codes, scale, zero)
+    return from_nibbles(grid, codes, scale, None if grid.symmetric else zero)
 
 
 def pack_int4_cuda(pairs: Tensor, inner_k_tiles: int) -> Tensor:

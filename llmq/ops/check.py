@@ -18,6 +18,8 @@ _BLOCK = 256
 _LARGEST_CODE = 32639
 _LEAST_STEP = 2.0**-126
 """Of the same: the largest code, and the step below which none goes."""
+_HALF_SUBNORMAL = 2.0**-150
+"""Half of fp32's smallest number: what a product below the normal numbers may be off by, however small it is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,10 @@ def exact_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, case: 
     group, at most 256 at a time, share the least power of two as a step with which no code is above 32639, but none below
     2**-126. Each is off by at most half a step: 1/32639.5 of the block's largest, or 2**-127.
 
+    A product of fp32 numbers that lies below the normal ones is off by up to 2**-150 instead of u times itself. With scales as
+    small as that, each of the K products of a code and a scale may be (what is then multiplied by x), or of a scale and a step
+    (by a sum of codes, each below 2**15 times below 2**8).
+
     Args:
         x: [M, K] of `case.dtype`.
         weight: [N, K].
@@ -59,7 +65,9 @@ def exact_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, case: 
     bound = _gamma(case.k + 8) * terms + half_ulp * (1 + 2 * _UNIT_FP32) * (y.abs() + (0 if bias is None else product.abs()))
     if case.format.activation is None and case.dtype == torch.bfloat16 and isinstance(weight.grid, IntGrid):
         bound = bound + _block_terms(activations, w, weight.grid)
-    bound = bound + torch.finfo(case.dtype).smallest_normal * half_ulp  # subnormals
+    bound = bound + torch.finfo(case.dtype).smallest_normal * half_ulp  # subnormal results
+    if isinstance(weight.grid, IntGrid):
+        bound = bound + _HALF_SUBNORMAL * (2 * activations.abs().sum(dim=1, keepdim=True) + 2**23 * case.k)
     return Exact(y, bound)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from llmq.numerics.grid import ActivationGrid, FloatGrid, Grid, IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight, torch_dtype
 from llmq.ops import native, native_abi
+from llmq.ops.nibbles import from_nibbles, is_nibble, nibble_codes
 from llmq.ops.reference import computable
 from llmq.ops.schema import SUPPORTED, Case, Support, unsupported
 
@@ -88,9 +89,7 @@ class NativeLinear:
         linear = _weight_struct(weight.grid, *weight.shape)
         if isinstance(weight.grid, FloatGrid):
             return (native.kernels().pack(weight.qdata, None, None, linear),)
-        codes = weight.codes()
-        if weight.grid.bits == 4 and weight.grid.symmetric:
-            codes = (codes + weight.grid.mid).to(torch.uint8)
+        codes = nibble_codes(weight) if is_nibble(weight.grid) else weight.codes()
         return (native.kernels().pack(codes, weight.scale, weight.zero_point, linear),)
 
     def unpack(self, tensors: tuple[Tensor, ...], case: Case) -> QuantizedWeight:
@@ -106,12 +105,11 @@ class NativeLinear:
         scale = torch.empty(entries)
         zero = None if grid.zero_point == "none" else torch.empty(entries)
         native.kernels().unpack(tensors[0], codes, scale, zero, linear)
-        if grid.bits == 4 and grid.symmetric:
-            codes = codes.to(torch.int8) - grid.mid
         scale_dtype = torch_dtype(grid.scale_dtype)
         if zero is not None:
             zero = zero.to(torch.uint8 if grid.zero_point == "int" else scale_dtype)
-        return QuantizedWeight.from_codes(grid, codes, scale.to(scale_dtype), zero)
+        make = from_nibbles if is_nibble(grid) else QuantizedWeight.from_codes
+        return make(grid, codes, scale.to(scale_dtype), zero)
 
     def linear(self, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None, case: Case) -> Tensor:
         """See `Kernel.linear`."""
@@ -175,8 +173,8 @@ def _not_int8(case: Case) -> str | None:
 
 def _not_int4(case: Case) -> str | None:
     grid = case.format.weight
-    if not isinstance(grid, IntGrid) or grid.bits != 4:
-        return "it takes 4-bit weights"
+    if not isinstance(grid, IntGrid) or not is_nibble(grid):
+        return "it takes weights of 2 to 4 bits"
     return _unfit_group(grid)
 
 
@@ -223,12 +221,17 @@ NATIVE_KERNELS = (
     ),
     NativeLinear(
         "native-int8-dynamic-int4",
-        "int4 weights by group, with or without integer zero points; int8 activations a token",
+        "int4, int3 and int2 weights (all read as 4 bits) by group, no or integer zero points; int8 activations a token",
         native_abi.WEIGHT_INT4,
         _int8_dynamic_int4,
     ),
     NativeLinear("native-int8", "int8 weights, symmetric; bf16", native_abi.WEIGHT_INT8, _int8_weight_only),
-    NativeLinear("native-int4", "int4 weights by group, all kinds of zero points; bf16", native_abi.WEIGHT_INT4, _int4),
+    NativeLinear(
+        "native-int4",
+        "int4, int3 and int2 weights (all read as 4 bits) by group, all kinds of zero points; bf16",
+        native_abi.WEIGHT_INT4,
+        _int4,
+    ),
     NativeLinear("native-bf16", "unquantized bf16", native_abi.WEIGHT_BF16, _bf16),
     NativeLinear("native-fp32", "unquantized fp32", native_abi.WEIGHT_F32, _fp32),
 )

@@ -15,8 +15,8 @@ from llmq.ops.aten import (
     pack_int4_cuda,
     scale_and_zero,
     tinygemm_grid,
-    unsigned_codes,
 )
+from llmq.ops.nibbles import nibble_codes
 from llmq.ops.reference import computable
 from llmq.ops.schema import SUPPORTED, CanonicalLayout, Case, Support, unsupported
 
@@ -46,7 +46,7 @@ class Tinygemm:
 
     name = "tinygemm"
     layout = "tinygemm"
-    formats = "int4 weights, groups of 32 to 256, bf16 scales, symmetric or float zero point; bf16 activations"
+    formats = "int4, int3 and int2 weights (all read as 4 bits), groups of 32 to 256, bf16 scales, no or float zero point; bf16"
     min_rows = 1
     max_rows: int | None = None
 
@@ -85,7 +85,7 @@ class Tinygemm:
 
     def prepack(self, weight: QuantizedWeight) -> tuple[Tensor, ...]:
         """See `Kernel.prepack`."""
-        return pack_int4_cuda(paired(unsigned_codes(weight)), INNER_K_TILES), scale_and_zero(weight)
+        return pack_int4_cuda(paired(nibble_codes(weight)), INNER_K_TILES), scale_and_zero(weight)
 
     def unpack(self, tensors: tuple[Tensor, ...], case: Case) -> QuantizedWeight:
         """See `Kernel.unpack`; where the nibbles went is found as for `AtenInt4PackCpu`."""

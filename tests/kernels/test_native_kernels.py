@@ -81,7 +81,7 @@ REFUSED = [
     ("native-int8-dynamic", LinearFormat(INT8, ActivationGrid(eps=1e-45)), BF16, "an eps that is a normal positive fp32 number"),
     ("native-int8-dynamic", LinearFormat(INT8, SYMMETRIC), torch.float64, "float64"),
     ("native-int8-dynamic-int4", LinearFormat(INT4), BF16, "it takes int8 activations"),
-    ("native-int8-dynamic-int4", LinearFormat(IntGrid(3, 32), SYMMETRIC), BF16, "4-bit weights"),
+    ("native-int8-dynamic-int4", LinearFormat(IntGrid(5, 32), SYMMETRIC), BF16, "weights of 2 to 4 bits"),
     ("native-int8-dynamic-int4", LinearFormat(INT4, ActivationGrid(symmetric=False, eps=0.0)), BF16, "an eps that is"),
     (
         "native-int8-dynamic-int4",
@@ -95,7 +95,7 @@ REFUSED = [
     ("native-int8", LinearFormat(INT4), BF16, "symmetric 8-bit weights"),
     ("native-int4", LinearFormat(INT4), F32, "bfloat16 activations"),
     ("native-int4", LinearFormat(IntGrid(4, 12)), BF16, "these are of 12"),
-    ("native-int4", LinearFormat(FloatGrid("bfloat16")), BF16, "4-bit weights"),
+    ("native-int4", LinearFormat(FloatGrid("bfloat16")), BF16, "weights of 2 to 4 bits"),
     ("native-bf16", LinearFormat(FloatGrid("bfloat16")), F32, "weights and activations"),
     ("native-bf16", LinearFormat(FloatGrid("float32")), BF16, "weights and activations"),
     ("native-bf16", LinearFormat(INT4), BF16, "the weight is quantized"),

@@ -293,3 +293,38 @@ def test_quantize_refuses(error, words, change):
 def test_dequantize_refuses_an_integer_result():
     with pytest.raises(UsageError, match="dequantized numbers are"):
         dequantize_affine(ONE.to(torch.int8), (1, 1), ONE, ONE, quant_min=-8, quant_max=7, output_dtype=torch.int32)
+
+
+@pytest.mark.parametrize("domain", list(ZeroPointDomain))
+@pytest.mark.parametrize("scale", [0.0, -0.0, 2.0**-129, -(2.0**-149)])
+def test_a_scale_without_a_reciprocal_gives_codes_that_mean_next_to_nothing(domain, scale):
+    x = torch.tensor([[0.0, -0.0, 1.5, -1.5, 3e38, -3e38, 2.0**-149, 1e-30]])
+    symmetric = domain is ZeroPointDomain.NONE
+    low, high = (-8, 7) if symmetric else (0, 15)
+    s = torch.tensor([[scale]])
+    z = None if symmetric else torch.tensor([[5.0 if domain is ZeroPointDomain.INT else 1.5]])
+    ends = {"quant_min": low, "quant_max": high, "zero_point_domain": domain}
+    codes = quantize_affine(x, (1, 8), s, z, output_dtype=torch.float32, **ends)
+    assert bool(((codes >= low) & (codes <= high)).all())  # and no NaN
+    if domain is not ZeroPointDomain.FLOAT:
+        assert torch.equal(codes, torch.full_like(x, 0.0 if z is None else 5.0))
+    meant = dequantize_affine(codes, (1, 8), s, z, **ends)
+    nothing = z.expand_as(x) if domain is ZeroPointDomain.FLOAT else torch.zeros_like(x)
+    assert bool(((meant - nothing).abs() <= 15 * abs(scale)).all())
+
+
+@pytest.mark.parametrize("domain", list(ZeroPointDomain))
+def test_a_negative_scale_turns_the_grid_round(domain):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(5, 64, generator=generator)
+    symmetric = domain is ZeroPointDomain.NONE
+    low, high = (-8, 7) if symmetric else (0, 15)
+    s = -0.1 - torch.rand(5, 2, generator=generator) / 2
+    z = None if symmetric else torch.full((5, 2), 6.0 if domain is ZeroPointDomain.INT else 0.25)
+    ends = {"quant_min": low, "quant_max": high, "zero_point_domain": domain}
+    codes = quantize_affine(x, (1, 32), s, z, output_dtype=torch.float32, **ends)
+    every = torch.stack([dequantize_affine(torch.full_like(x, q), (1, 32), s, z, **ends) for q in range(low, high + 1)])
+    nearest = (every - x).abs().amin(dim=0)
+    assert torch.allclose((dequantize_affine(codes, (1, 32), s, z, **ends) - x).abs(), nearest, atol=1e-6)
+    assert int(codes.min()) == low  # both ends of the grid are there to be used
+    assert int(codes.max()) == high

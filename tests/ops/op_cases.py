@@ -19,10 +19,16 @@ FORMATS = {
     "int4": LinearFormat(IntGrid(4, 32, symmetric=False, zero_point="float", scale_dtype="bfloat16")),
     "int4-symmetric": LinearFormat(IntGrid(4, 64, scale_dtype="bfloat16")),
     "int4-integer-zero": LinearFormat(IntGrid(4, 32, symmetric=False, zero_point="int")),
+    "int4-per-channel": LinearFormat(IntGrid(4, scale_dtype="bfloat16")),
     "int3": LinearFormat(IntGrid(3, 32)),
+    "int3-float-zero": LinearFormat(IntGrid(3, 64, symmetric=False, zero_point="float", scale_dtype="bfloat16")),
+    "int2": LinearFormat(IntGrid(2, 32, scale_dtype="bfloat16")),
+    "int2-integer-zero": LinearFormat(IntGrid(2, 32, symmetric=False, zero_point="int", scale_dtype="bfloat16")),
+    "int5": LinearFormat(IntGrid(5, 32)),
     "int8-dynamic": LinearFormat(IntGrid(8), INT8),
     "int8-dynamic-asymmetric-weight": LinearFormat(IntGrid(8, symmetric=False, zero_point="int"), INT8_ASYMMETRIC),
     "int8-dynamic-int4": LinearFormat(IntGrid(4, 32, scale_dtype="bfloat16"), INT8_ASYMMETRIC),
+    "int8-dynamic-int3": LinearFormat(IntGrid(3, 32, scale_dtype="bfloat16"), INT8),
     "bf16": LinearFormat(FloatGrid("bfloat16")),
     "fp16": LinearFormat(FloatGrid("float16")),
     "fp32": LinearFormat(FloatGrid("float32")),
@@ -31,7 +37,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def make_weight(format_: LinearFormat, n: int, k: int, seed: int = 0) -> QuantizedWeight:
-    """Codes over the whole grid and both its ends, a group of zeros, scales of both signs of exponent and far from 1."""
+    """Codes over the whole grid and both its ends, a group of zeros; scales of both signs, far from 1, one 0, one subnormal."""
     generator = torch.Generator().manual_seed(seed)
     grid = format_.weight
     if not isinstance(grid, IntGrid):
@@ -43,6 +49,9 @@ def make_weight(format_: LinearFormat, n: int, k: int, seed: int = 0) -> Quantiz
     codes[-1, : grid.group_size or k] = 0
     scale = (0.6 * torch.rand(n, grid.groups(k), generator=generator) + 0.05) * 8 / grid.mid
     scale[:, ::2] *= 2**-5
+    scale[::3] *= -1
+    if n > 4:
+        scale[2, 0], scale[3, -1] = 0, 5 * 2.0**-131
     scale = scale.to(torch_dtype(grid.scale_dtype))
     zero = None
     if grid.zero_point == "int":

@@ -8,8 +8,9 @@ from op_cases import FORMATS, assert_kernel_close, case_of, make_weight, make_x
 from torch._subclasses import FakeTensorMode
 
 from llmq.numerics.grid import IntGrid, LinearFormat
-from llmq.ops.aten import from_tinygemm, pack_int4_cuda, scale_and_zero, unsigned_codes
+from llmq.ops.aten import from_tinygemm, pack_int4_cuda, scale_and_zero
 from llmq.ops.cuda import INNER_K_TILES, CudaIntMm, Tinygemm, int32_nibbles, paired
+from llmq.ops.nibbles import nibble_codes
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
 
@@ -31,7 +32,7 @@ def test_without_a_gpu_it_says_so(kernel, name):
         ("int4", 16, 96, torch.bfloat16, "multiples of 128 inputs, and K is 96"),
         ("int4", 16, 128, torch.float16, "bfloat16 activations"),
         ("int4-integer-zero", 16, 128, torch.bfloat16, "integer zero point"),
-        ("int8-weight-only", 16, 128, torch.bfloat16, "4-bit weights"),
+        ("int8-weight-only", 16, 128, torch.bfloat16, "weights of 2 to 4 bits"),
         ("int8-dynamic-int4", 16, 128, torch.bfloat16, "does not quantize activations"),
     ],
 )
@@ -65,18 +66,18 @@ def test_int_mm_names_the_limit(name, n, k, words):
     assert words in answer.reason
 
 
-@pytest.mark.parametrize("name", ["int4", "int4-symmetric"])
+@pytest.mark.parametrize("name", ["int4", "int4-symmetric", "int3-float-zero", "int2"])
 def test_tinygemm_parts_come_back_bit_for_bit(name):
     weight = make_weight(FORMATS[name], 16, 128)
     case = case_of(FORMATS[name], 16, 128, torch.bfloat16, "cuda")
     scales = scale_and_zero(weight)
     assert scales.shape == (weight.scale.shape[1], 16, 2)
-    back = from_tinygemm(unsigned_codes(weight), scales, case)
+    back = from_tinygemm(nibble_codes(weight), scales, case)
     assert all(torch.equal(a, b) for a, b in zip(weight.tensors, back.tensors, strict=True))
     # (q - 8) * s + z, tinygemm's arithmetic, is the weight.
     group = FORMATS[name].weight.group_size
     s, z = (part.T.double().repeat_interleave(group, dim=1) for part in scales.unbind(-1))
-    assert torch.equal((unsigned_codes(weight).double() - 8) * s + z, weight.dequantize(torch.float64))
+    assert torch.equal((nibble_codes(weight).double() - 8) * s + z, weight.dequantize(torch.float64))
 
 
 def test_tinygemm_packs_from_pairs_with_the_even_input_high():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +95,25 @@ def test_unpacks_bit_for_bit(pair):
         for ours, theirs in zip(weight.tensors, back.tensors, strict=True):
             assert ours.dtype == theirs.dtype
             assert torch.equal(ours, theirs)
+
+
+@over(BFLOAT16)
+def test_scales_may_be_any_finite_numbers(pair):
+    """What a fit may find: negative, zero, subnormal, and none that is ordinary beside them."""
+    kernel, format_, dtype = pair
+    k, case, weight, _ = one_shape(kernel, format_, dtype)
+    if weight.scale is None:
+        return
+    generator = torch.Generator().manual_seed(5)
+    numbers = torch.randn(weight.scale.shape, generator=generator)
+    least = 2.0 ** (-24 if weight.scale.dtype == torch.float16 else -133)
+    for scale in (-numbers.abs(), torch.zeros_like(numbers), numbers * 2 * least, numbers.sign() * least, numbers * 2.0**14):
+        changed = replace(weight, scale=scale.to(weight.scale.dtype))
+        packed = kernel.prepack(changed)
+        for ours, theirs in zip(changed.tensors, kernel.unpack(packed, case).tensors, strict=True):
+            assert torch.equal(ours, theirs)
+        for x in (make_x(3, k, dtype), 2.0**40 * make_x(3, k, dtype), 2.0**-100 * make_x(2, k, dtype)):
+            assert_kernel_close(kernel.linear(x, packed, None, case), x, changed, None, case, kernel.name)
 
 
 def one_shape(kernel, format_, dtype):

@@ -237,7 +237,7 @@ def test_the_table_lists_every_kernel_with_a_reason_when_it_cannot_run():
         (AtenInt8Pack(), "int8-dynamic", 16, 64, BF16, "does not quantize activations"),
         (AtenInt4PackCpu(), "int4", 24, 64, BF16, "multiples of 16 outputs, and N is 24"),
         (AtenInt4PackCpu(), "int4-integer-zero", 16, 64, BF16, "integer zero point"),
-        (AtenInt4PackCpu(), "int3", 16, 64, BF16, "4-bit weights"),
+        (AtenInt4PackCpu(), "int5", 16, 64, BF16, "weights of 2 to 4 bits"),
     ],
 )
 @x86
