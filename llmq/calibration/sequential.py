@@ -27,7 +27,7 @@ from llmq.algorithms.statistics import Needs, Statistics
 from llmq.calibration.activations import Activations, activation_dtype
 from llmq.calibration.gather import Moments, find_groups, gather
 from llmq.calibration.recorder import CalibrationSet
-from llmq.calibration.stages import EMBEDDING, BlockModel, InMemory, Keeper, Stage, block_model, stages_of
+from llmq.calibration.stages import BlockModel, InMemory, Keeper, Stage, block_model, stages_of
 from llmq.errors import SchemeError, TextError
 from llmq.numerics.grid import IntGrid
 from llmq.numerics.weight import QuantizedWeight
@@ -36,7 +36,7 @@ from llmq.ranks import Ranks, assign
 from llmq.results.coverage import Coverage
 from llmq.schemes.apply import NO_OVERRIDES, decide, plain_weight, quantized_parameter, wrap_floats_
 from llmq.schemes.base import ResolvedScheme
-from llmq.schemes.block import BlockWork
+from llmq.schemes.block import EMBEDDING, BlockWork
 from llmq.schemes.cover import Decision, coverage
 
 

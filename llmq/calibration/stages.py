@@ -15,10 +15,8 @@ from llmq.errors import UsageError
 from llmq.numerics.grid import IntGrid
 from llmq.ops.tensor import QuantizedTensor
 from llmq.schemes.apply import plain_weight
+from llmq.schemes.block import HEAD
 from llmq.schemes.cover import Decision
-
-EMBEDDING, HEAD = "embedding", "head"
-"""Names of the parts that are no blocks; a block's is its fully qualified name."""
 
 
 class BlockModel(Protocol):

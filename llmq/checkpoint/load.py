@@ -52,17 +52,17 @@ def load_model(
         CheckpointError: a weight is not finite, or becomes infinite in `dtype`.
         UsageError: `dtype` is none of the three.
     """
-    dtype = dtype or _default_dtype(checkpoint)
+    dtype = dtype or default_dtype(checkpoint)
     float_grid(dtype)  # refuses other dtypes
     model = empty_model(checkpoint.config)
     shapes = parameter_shapes(checkpoint.config)
     formats = formats_by_parameter(checkpoint.manifest) if checkpoint.manifest else {}
-    reader = _Reader(checkpoint, dtype, torch.device(device), check_finite=check_finite)
+    reader = ParameterReader(checkpoint, dtype, torch.device(device), check_finite=check_finite)
     with progress.task("loading", total=len(shapes)) as advance:
         for name, shape in shapes.items():
             form = formats.get(name)
             value = reader.plain(name) if form is None else reader.quantized(name, shape, form)
-            _assign(model, name, value)
+            assign(model, name, value)
             advance(1)
     _tie(model, checkpoint, formats)
     checkpoint.release()
@@ -95,7 +95,7 @@ def load_tokenizer_for(checkpoint: Checkpoint, *, progress: Progress = SILENT) -
     return tokenizer
 
 
-class _Reader:
+class ParameterReader:
     """Reads one parameter at a time in the wanted dtype, and checks it."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, check_finite: bool) -> None:
@@ -134,12 +134,13 @@ class _Reader:
             self._copied_bytes = 0
 
 
-def _default_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def default_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The checkpoint's own dtype; float64 is not computed in, and becomes float32."""
     return torch.float32 if checkpoint.dtype == torch.float64 else checkpoint.dtype
 
 
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+def assign(model: nn.Module, name: str, value: Tensor) -> None:
+    """Make `value` the parameter of that name; nothing is copied."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
@@ -156,10 +157,16 @@ def _tie(model: Llama, checkpoint: Checkpoint, formats: Mapping[str, LinearForma
         model.lm_head.weight = nn.Parameter(value, requires_grad=False)
         return
     model.tie_weights()
-    if HEAD in checkpoint.sources:
-        head, embedding = checkpoint.read(HEAD), checkpoint.read(EMBEDDING)
-        if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
-            raise CheckpointError(
-                f"tensor {HEAD} in {checkpoint.sources[HEAD].info.file} differs from {EMBEDDING}, though the configuration ties "
-                "the two; set tie_word_embeddings to false to use both."
-            )
+    check_tied(checkpoint)
+
+
+def check_tied(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose configuration ties the head to the embedding, and which stores another head all the same."""
+    if not (checkpoint.config.tie_word_embeddings and HEAD in checkpoint.sources):
+        return
+    head, embedding = checkpoint.read(HEAD), checkpoint.read(EMBEDDING)
+    if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
+        raise CheckpointError(
+            f"tensor {HEAD} in {checkpoint.sources[HEAD].info.file} differs from {EMBEDDING}, though the configuration ties "
+            "the two; set tie_word_embeddings to false to use both."
+        )

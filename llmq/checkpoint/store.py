@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,14 +91,19 @@ def save_model(
         complete = manifest.model_copy(
             update={"dtype": float_grid(model.dtype).dtype, "formats": stored.formats, "weights": files}
         )
-        complete.write(temporary / FILE_NAME)
-        config = stored.config.to_hf()
-        if any(form["weight"]["kind"] == "int" for form in stored.formats.values()):
-            config[QUANTIZATION_KEY] = {"quant_method": "llmq"}  # so that nothing else takes the codes for weights
-        _write_json(temporary / "config.json", config)
-        _copy_tokenizer(source, temporary)
-        _compare(open_checkpoint(temporary), stored.tensors, out)
+        write_descriptions(temporary, complete, stored.config, source)
+        compare_stored(open_checkpoint(temporary).read, stored.tensors, out)
     return open_checkpoint(out)
+
+
+def write_descriptions(folder: Path, manifest: Manifest, config: LlamaConfig, source: Checkpoint) -> None:
+    """Write everything of an artefact that is not a weight: manifest, configuration and the original's tokenizer."""
+    manifest.write(folder / FILE_NAME)
+    data = config.to_hf()
+    if any(form["weight"]["kind"] == "int" for form in manifest.formats.values()):
+        data[QUANTIZATION_KEY] = {"quant_method": "llmq"}  # so that nothing else takes the codes for weights
+    _write_json(folder / "config.json", data)
+    _copy_tokenizer(source, folder)
 
 
 def _stored(model: Llama) -> _Stored:
@@ -109,17 +114,26 @@ def _stored(model: Llama) -> _Stored:
     tensors: dict[str, Tensor] = {}
     formats: dict[str, dict[str, Any]] = {}
     for name in (*parameter_shapes(config), *([HEAD] if config.tie_word_embeddings else [])):
-        value = parameters[name]
-        stored: tuple[Tensor, ...] = (value,)
-        if isinstance(value, QuantizedTensor):
-            formats[name.removesuffix(".weight")] = value.format.to_json()
-            stored = value.weight.tensors
+        own, form = stored_parameter(name, parameters[name], model.dtype)
+        if form is not None:
+            formats[name.removesuffix(".weight")] = form
         if name != HEAD or not config.tie_word_embeddings:
-            grid = value.format.weight if isinstance(value, QuantizedTensor) else None
-            tensors |= dict(zip(stored_names(name, grid), stored, strict=True))
-            if not isinstance(grid, IntGrid) and stored[0].dtype != model.dtype:
-                raise UsageError(f"{name} is {stored[0].dtype}, the model {model.dtype}; cast it to one dtype before saving it.")
+            tensors |= own
     return _Stored(tensors, formats, config)
+
+
+def stored_parameter(name: str, value: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Return the tensors that are stored for a parameter, by their names, and the format of a linear's weight.
+
+    Raises:
+        UsageError: it is not quantized, and of another dtype than `dtype`, the model's.
+    """
+    grid = value.format.weight if isinstance(value, QuantizedTensor) else None
+    stored = value.weight.tensors if isinstance(value, QuantizedTensor) else (value,)
+    if not isinstance(grid, IntGrid) and stored[0].dtype != dtype:
+        raise UsageError(f"{name} is {stored[0].dtype}, the model {dtype}; cast it to one dtype before saving it.")
+    form = value.format.to_json() if isinstance(value, QuantizedTensor) else None
+    return dict(zip(stored_names(name, grid), stored, strict=True)), form
 
 
 def _is_tied(parameters: Mapping[str, Tensor]) -> bool:
@@ -145,19 +159,31 @@ def _write_weights(
             filled = 0
         shards[-1][name] = tensor
         filled += nbytes
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    names = shard_names(len(shards))
     files = {}
     with progress.task("writing", total=len(shards)) as advance:
         for name, shard in zip(names, shards, strict=True):
             write_safetensors(folder / name, shard)
             files[name] = StoredFile(sha256=sha256_file(folder / name), nbytes=(folder / name).stat().st_size)
             advance(1)
+    write_index(folder, dict(zip(names, shards, strict=True)))
     return files
+
+
+def shard_names(count: int) -> list[str]:
+    """Return the names of an artefact's files of weights."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, shards: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the index that Hugging Face's readers want of several shards; each tensor has its `nbytes`."""
+    if len(shards) == 1:
+        return
+    total = sum(value.nbytes for shard in shards.values() for value in shard.values())
+    weight_map = {tensor: name for name, shard in shards.items() for tensor in shard}
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _copy_tokenizer(source: Checkpoint, folder: Path) -> None:
@@ -166,15 +192,15 @@ def _copy_tokenizer(source: Checkpoint, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _compare(written: Checkpoint, tensors: Mapping[str, Tensor], out: Path) -> None:
+def compare_stored(read: Callable[[str], Tensor], tensors: Mapping[str, Tensor], out: Path) -> None:
+    """Compare what was written with memory, bit by bit; OutputError where it differs."""
     for name, tensor in tensors.items():
-        read = written.read(name)
+        stored = read(name)
         kept = tensor.detach().cpu().contiguous()
-        if read.dtype != kept.dtype or read.shape != kept.shape or not torch.equal(_bytes(read), _bytes(kept)):
+        if stored.dtype != kept.dtype or stored.shape != kept.shape or not torch.equal(_bytes(stored), _bytes(kept)):
             raise OutputError(
                 f"tensor {name} of {out} reads back differently from what was written; check the disk and write again."
             )
-        written.release()
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -152,12 +152,7 @@ def decide(
             continue
         if isinstance(parameter, QuantizedTensor) and isinstance(parameter.format.weight, IntGrid):
             raise SchemeError(f"{fqn or 'the linear'} is quantized already; start from the original weights.")
-        override = overrides.get(fqn)
-        decision = _decide_linear(fqn, linear, override or resolved, compute, filter=filter, skip=skip)
-        if decision.covered and override is not None and override.baseline_dtype is not None:
-            decision = Decision(
-                fqn, linear, parameter, _kept(parameter, compute), f"kept in float: overridden with {override.name}"
-            )
+        decision = _decide_linear(fqn, linear, overrides.get(fqn, resolved), compute, filter=filter, skip=skip)
         if decision.covered and decision.format and (misfit := decision.format.weight.misfit(*parameter.shape)):
             unfit.append((fqn, linear, misfit))
             decision = Decision(fqn, linear, parameter, _kept(parameter, compute), f"does not fit: {misfit}")

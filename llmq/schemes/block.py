@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+EMBEDDING, HEAD = "embedding", "head"
+"""Names of the parts of a model that are no blocks; a block's is its fully qualified name."""
+
 
 @dataclass
 class BlockWork:
