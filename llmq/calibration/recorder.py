@@ -1,4 +1,4 @@
-"""InputRecorder: token windows from a text, a dataset or lm-eval tasks, as a calibration set that any run can use again.
+"""InputRecorder: token windows from texts, datasets, chats or lm-eval tasks, as a calibration set that any run can use again.
 
 Windows are full: documents and prompts, each after a BOS token where the tokenizer has one, are laid end to end and cut, so
 that short ones are packed and nothing is padded. Padding would weigh into the statistics like text.
@@ -7,7 +7,8 @@ that short ones are packed and nothing is padded. Padding would weigh into the s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,13 +19,43 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmq.calibration.corpus import TextSource, cut_windows, resolve_text, token_stream
-from llmq.errors import TextError, TokenizerError
+from llmq.calibration.corpus import TextSource, resolve_text
+from llmq.calibration.mixture import WeightedSource, largest_mixture, share_out
+from llmq.calibration.rows import HUB, is_rows
+from llmq.calibration.streams import Kind, Stream, prompt_stream, rows_stream, text_stream
+from llmq.errors import TextError, TokenizerError, UsageError
 from llmq.files import atomic_path
 from llmq.model.tokenizer import Tokenizer
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+DEFAULT_WINDOWS = 128
+"""Windows where no number is asked for and the sources have as many."""
 _METADATA_KEY = "llmq.calibration"
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationPart:
+    """One source of a calibration set, and what it gave.
+
+    Attributes:
+        name: of the text, file, dataset or tasks.
+        kind: what it was read as.
+        sha256: of the file's bytes; of the texts, as they were read, where it is no single file.
+        weight: as it was asked for.
+        windows: number of its windows.
+        sequences: documents, rows or prompts that were encoded.
+        tokens_seen: tokens they have together.
+        template_sha256: of the chat template that wrote its rows; None: none did.
+    """
+
+    name: str
+    kind: Kind
+    sha256: str
+    weight: float
+    windows: int
+    sequences: int
+    tokens_seen: int
+    template_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +63,21 @@ class CalibrationInfo:
     """Where a calibration set comes from. Everything that its tokens depend on is here, and nothing else.
 
     Attributes:
-        kind: what it was recorded from.
-        source: name of the text, dataset or tasks.
-        source_sha256: of the text that was read.
+        kind: what it was recorded from; several sources are a mixture.
+        source: name of the text, dataset or tasks; of a mixture all of them with their shares.
+        source_sha256: of the text that was read; of a mixture, of those of its parts.
         tokenizer_sha256: of the tokenizer's file.
         windows: number of windows.
         length: tokens a window.
-        seed: of the draw.
+        seed: of the draw, and of the order of a mixture.
         bos: whether each document or prompt begins with BOS.
         sequences: documents or prompts that were encoded.
         tokens_seen: tokens they have together, of which `windows * length` were kept.
         short_sequences: what became of sequences shorter than a window.
+        parts: the sources, one by one.
     """
 
-    kind: Literal["text", "dataset", "tasks"]
+    kind: Kind | Literal["mixture"]
     source: str
     source_sha256: str
     tokenizer_sha256: str
@@ -56,10 +88,16 @@ class CalibrationInfo:
     sequences: int
     tokens_seen: int
     short_sequences: Literal["packed"] = "packed"
+    parts: tuple[CalibrationPart, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for a manifest."""
-        return asdict(self)
+        """Plain data for a manifest; `from_json` reads it."""
+        return {**asdict(self), "parts": [asdict(part) for part in self.parts]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> CalibrationInfo:
+        """Inverse of `to_json`."""
+        return cls(**{**data, "parts": tuple(CalibrationPart(**part) for part in data["parts"])})
 
 
 @dataclass(frozen=True)
@@ -88,7 +126,7 @@ class CalibrationSet:
                 data = json.loads((file.metadata() or {})[_METADATA_KEY])
                 tokens = file.get_tensor("tokens")
             version = data.pop("schema_version")
-            info = CalibrationInfo(**data)
+            info = CalibrationInfo.from_json(data)
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise TextError(f"{path} is not a calibration set ({error}); record one with `llmq calibrate`.") from error
         if version != SCHEMA_VERSION or tokens.dtype != torch.int32 or tuple(tokens.shape) != (info.windows, info.length):
@@ -111,15 +149,17 @@ class InputRecorder:
 
     Attributes:
         tokenizer: of the model.
-        windows: number of windows to record.
+        windows: number of windows to record; None: `DEFAULT_WINDOWS`, or as many as there are.
         length: tokens a window.
         seed: of every draw.
+        chat_template: a file with the template that chats are rendered with; None: the one beside the tokenizer.
     """
 
     tokenizer: Tokenizer
-    windows: int = 128
+    windows: int | None = DEFAULT_WINDOWS
     length: int = 2048
     seed: int = 0
+    chat_template: str | None = None
 
     def record_text(self, text: TextSource | str | Path) -> CalibrationSet:
         """Record windows from anywhere in a text.
@@ -131,10 +171,7 @@ class InputRecorder:
             TextError: the text cannot be read, or is too short.
         """
         source = text if isinstance(text, TextSource) else resolve_text(text, split="train")
-        documents = source.documents()
-        stream = token_stream(self.tokenizer, documents)
-        tokens = cut_windows(stream, self.windows, self.length, seed=self.seed, name=source.name)
-        return self._finish(tokens, "text", source.name, source.sha256, (len(documents), len(stream)))
+        return self._record([text_stream(self.tokenizer, source)], [1.0])
 
     def record_dataset(self, dataset: Any, *, column: str = "text", split: str = "train") -> CalibrationSet:
         """Record windows from a dataset's rows, taken in random order until there are enough.
@@ -142,33 +179,13 @@ class InputRecorder:
         Args:
             dataset: a `datasets.Dataset`, any sequence of dicts, a folder that `save_to_disk` wrote, a local JSON Lines file
                 (one object a line), or the name of a dataset for `datasets.load_dataset`.
-            column: of the rows' text.
+            column: of the rows' text. Where a row has no such column, its chat in `messages` or `conversations` is taken.
             split: of a dataset that has several.
 
         Raises:
             TextError: the dataset, split or column is not there, or there is too little text.
         """
-        rows, name = _open_dataset(dataset, split)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        if rows and column not in rows[0]:
-            raise TextError(
-                f"dataset {name} has no column {column!r}; it has {', '.join(sorted(rows[0]))}: name one with --column."
-            )
-        encoded: list[list[int]] = []
-        digest = sha256()
-        seen = 0
-        for row in order:
-            text = rows[row][column]
-            if not isinstance(text, str):
-                raise TextError(f"column {column!r} of dataset {name} holds {type(text).__name__}, not text; name another.")
-            if not text.strip():
-                continue
-            encoded.append(self._encode(text))
-            digest.update(text.encode() + b"\0")
-            seen += len(encoded[-1])
-            if seen >= self.windows * self.length:
-                break
-        return self._pack(encoded, "dataset", name, digest.hexdigest())
+        return self._record([self._rows(dataset, column, split, 1.0)], [1.0])
 
     def record_tasks(
         self, tasks: Sequence[str], *, limit: int | None = None, num_fewshot: int | None = None, include_path: Path | None = None
@@ -191,83 +208,108 @@ class InputRecorder:
         encoded = record_requests(
             self.tokenizer, tasks, limit=limit, num_fewshot=num_fewshot, include_path=include_path, seed=self.seed
         )
-        digest = sha256()
-        for sequence in encoded:
-            digest.update(str(sequence).encode())
-        order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        name = f"lm-eval {','.join(tasks)}"
-        return self._pack([self._begin(encoded[index]) for index in order], "tasks", name, digest.hexdigest())
+        return self._record([prompt_stream(self.tokenizer, encoded, name=f"lm-eval {','.join(tasks)}", seed=self.seed)], [1.0])
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, bos=self.tokenizer.bos_id is not None)
+    def record_sources(self, sources: Sequence[WeightedSource], *, column: str = "text") -> CalibrationSet:
+        """Record windows from several sources, shared out by their weights, in an order drawn by the seed.
 
-    def _begin(self, sequence: list[int]) -> list[int]:
-        """Put BOS before a sequence that has none."""
-        bos = self.tokenizer.bos_id
-        return sequence if bos is None or sequence[:1] == [bos] else [bos, *sequence]
+        A source is a UTF-8 text, a WikiText-2 folder, a file of rows or chats (JSON Lines), a folder of `save_to_disk`, or
+        `hf:NAME[:CONFIG]` for `datasets.load_dataset`; None is the default text.
 
-    def _pack(self, encoded: list[list[int]], kind: Literal["dataset", "tasks"], name: str, digest: str) -> CalibrationSet:
-        stream = torch.tensor([token for sequence in encoded for token in sequence], dtype=torch.int64)
-        tokens = cut_windows(stream, self.windows, self.length, seed=None, name=name)
-        return self._finish(tokens, kind, name, digest, (len(encoded), len(stream)))
+        Args:
+            sources: at least one.
+            column: of the text in rows.
 
-    def _finish(
-        self, tokens: Tensor, kind: Literal["text", "dataset", "tasks"], name: str, digest: str, counts: tuple[int, int]
-    ) -> CalibrationSet:
+        Raises:
+            TextError: a source cannot be read, or has too little text for its share.
+            UsageError: a weight is so small that its source would give no window.
+        """
+        total = sum(each.weight for each in sources)
+        streams = [self._open(each.source, column, each.weight / total) for each in sources]
+        return self._record(streams, [each.weight for each in sources])
+
+    def _open(self, source: str | None, column: str, share: float) -> Stream:
+        if source is None:
+            return text_stream(self.tokenizer, resolve_text(split="train"))
+        if source.startswith(HUB):
+            return self._rows(source, column, "train", share)
+        path = Path(source)
+        if not path.exists():
+            raise TextError(
+                f"calibration source {source} does not exist; name a file or folder, or a dataset of the hub as {HUB}NAME."
+            )
+        if is_rows(path):
+            return self._rows(path, column, "train", share)
+        return text_stream(self.tokenizer, resolve_text(path, split="train"))
+
+    def _rows(self, dataset: Any, column: str, split: str, share: float) -> Stream:
+        windows = DEFAULT_WINDOWS if self.windows is None else self.windows
+        enough = (windows if share == 1 else math.ceil(windows * share) + 1) * self.length
+        return rows_stream(
+            self.tokenizer,
+            dataset,
+            column=column,
+            split=split,
+            chat_template=self.chat_template,
+            enough=enough,
+            seed=self.seed,
+        )
+
+    def _record(self, streams: list[Stream], weights: list[float]) -> CalibrationSet:
+        shares = self._shares(streams, weights)
+        tokens = torch.cat([stream.windows(share, self.length, self.seed) for stream, share in zip(streams, shares, strict=True)])
+        if len(streams) > 1:
+            tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(self.seed))]
+        parts = tuple(
+            CalibrationPart(
+                name=stream.name,
+                kind=stream.kind,
+                sha256=stream.sha256,
+                weight=weight,
+                windows=share,
+                sequences=stream.sequences,
+                tokens_seen=len(stream.tokens),
+                template_sha256=stream.template_sha256,
+            )
+            for stream, weight, share in zip(streams, weights, shares, strict=True)
+        )
+        one = len(streams) == 1
         info = CalibrationInfo(
-            kind=kind,
-            source=name,
-            source_sha256=digest,
+            kind=streams[0].kind if one else "mixture",
+            source=streams[0].name if one else " + ".join(f"{part.windows}/{sum(shares)} {part.name}" for part in parts),
+            source_sha256=streams[0].text_sha256 if one else _joint_hash(streams, shares),
             tokenizer_sha256=self.tokenizer.sha256,
-            windows=self.windows,
+            windows=sum(shares),
             length=self.length,
             seed=self.seed,
             bos=self.tokenizer.bos_id is not None,
-            sequences=counts[0],
-            tokens_seen=counts[1],
+            sequences=sum(stream.sequences for stream in streams),
+            tokens_seen=sum(len(stream.tokens) for stream in streams),
+            parts=parts,
         )
         return CalibrationSet(tokens.to(torch.int32), info)
 
-
-def _open_dataset(dataset: Any, split: str) -> tuple[Sequence[dict[str, Any]], str]:
-    """Return the rows of a dataset, and its name."""
-    if not isinstance(dataset, str | Path):
-        return dataset, getattr(getattr(dataset, "info", None), "dataset_name", None) or "in memory"
-    path = Path(dataset)
-    if path.is_file():
-        return _read_jsonl(path), path.name
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.load_dataset(str(dataset), split=split)
-    except (OSError, ValueError) as error:  # every error of the hub is an OSError
-        raise TextError(
-            f"dataset {dataset} cannot be loaded ({error}); name a local JSON Lines file, a folder of save_to_disk, or a dataset "
-            "that this machine can reach."
-        ) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise TextError(f"dataset {dataset} has no split {split!r}; it has {', '.join(loaded)}.")
-        loaded = loaded[split]
-    return loaded, path.name if path.is_dir() else str(dataset)
+    def _shares(self, streams: list[Stream], weights: list[float]) -> list[int]:
+        windows = self.windows
+        if windows is None:
+            available = [stream.available(self.length) for stream in streams]
+            shares = largest_mixture(weights, available, DEFAULT_WINDOWS)
+            if shares is not None:
+                return shares
+            windows = len(streams)  # too few: the first source that lacks one says so
+        shares = share_out(weights, windows)
+        without = next((stream.name for stream, share in zip(streams, shares, strict=True) if share == 0 < windows), None)
+        if without is not None:
+            raise UsageError(
+                f"calibration source {without} would give none of {windows} windows; give it more weight, ask for more windows, "
+                "or leave it out."
+            )
+        return shares
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    try:
-        lines: Iterable[str] = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"cannot read dataset {path}: {error}.") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TextError(
-                f"line {number} of {path} is not JSON ({error.msg}); a dataset file has one object a line."
-            ) from error
-        if not isinstance(row, dict):
-            raise TextError(f"line {number} of {path} is not a JSON object; a dataset file has one object a line.")
-        rows.append(row)
-    return rows
+def _joint_hash(streams: list[Stream], shares: list[int]) -> str:
+    """One hash of what was read from all sources, and of how much of each was kept."""
+    digest = sha256()
+    for stream, share in zip(streams, shares, strict=True):
+        digest.update(f"{stream.text_sha256} {share}\n".encode())
+    return digest.hexdigest()

@@ -50,7 +50,7 @@ def tokens_per_second(
     from llmq.benchmark.speed import BenchPlan
     from llmq.cli import render
 
-    recipe = o.recipe(scheme, option, skip, o.calibration_source(None, None, None), skip_unfit=skip_unfit, lm_head=lm_head)
+    recipe = o.recipe(scheme, option, skip, o.calibration_source(), skip_unfit=skip_unfit, lm_head=lm_head)
     plan = BenchPlan(
         batch_sizes=tuple(o.ints(batch_sizes, "--batch-sizes")),
         prompt_lengths=tuple(o.ints(prompt_lengths, "--prompt-lengths")),

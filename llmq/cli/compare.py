@@ -69,6 +69,8 @@ def compare(
     calibration: o.Calibration = None,
     calibration_windows: o.CalibrationWindows = None,
     calibration_length: o.CalibrationLength = None,
+    column: o.CalibrationColumn = "text",
+    chat_template: o.ChatTemplate = None,
     text: o.Text = None,
     protocol: o.ProtocolName = "windows",
     window: o.Window = None,
@@ -105,7 +107,9 @@ def compare(
                 skip=tuple(skip or ()),
                 skip_unfit=skip_unfit,
                 lm_head=lm_head,
-                calibration=o.calibration_source(calibration, calibration_windows, calibration_length),
+                calibration=o.calibration_source(
+                    calibration, calibration_windows, calibration_length, column=column, chat_template=chat_template
+                ),
                 question=Question(text, protocol, window, limit),
                 reference=reference,
                 bench=SpeedQuestion(prompt_length, new_tokens, repeats) if bench else None,

@@ -54,6 +54,8 @@ def perplexity(
     calibration: o.Calibration = None,
     calibration_windows: o.CalibrationWindows = None,
     calibration_length: o.CalibrationLength = None,
+    column: o.CalibrationColumn = "text",
+    chat_template: o.ChatTemplate = None,
     dtype: o.Dtype = "bf16",
     device: o.Device = "cpu",
     threads: o.Threads = None,
@@ -69,7 +71,9 @@ def perplexity(
     from llmq.api.evaluating import EvaluationFiles, Question, evaluate_model
     from llmq.cli import render
 
-    source = o.calibration_source(calibration, calibration_windows, calibration_length)
+    source = o.calibration_source(
+        calibration, calibration_windows, calibration_length, column=column, chat_template=chat_template
+    )
     recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head)
     with render.reporting(quiet=json) as progress:
         evaluation = evaluate_model(
@@ -122,7 +126,7 @@ def tasks(
     from llmq.api.evaluating import TaskRequest, evaluate_on_tasks
     from llmq.cli import render
 
-    recipe = o.recipe(scheme, option, skip, o.calibration_source(calibration, None, None), skip_unfit=skip_unfit, lm_head=lm_head)
+    recipe = o.recipe(scheme, option, skip, o.calibration_source(calibration), skip_unfit=skip_unfit, lm_head=lm_head)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with render.reporting(quiet=json) as progress:
         records = evaluate_on_tasks(

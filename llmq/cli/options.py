@@ -82,11 +82,33 @@ SkipUnfit = Annotated[
 LmHead = Annotated[bool, typer.Option("--lm-head", help="Quantize the output head too.", rich_help_panel=QUANTIZING)]
 
 Calibration = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--calibration",
-        metavar="TEXT|FILE",
-        help="Calibration text, or a set that `llmq calibrate` recorded. Default: WikiText-2's training split, else bundled.",
+        metavar="SOURCE[=WEIGHT]",
+        help="Text, JSONL of texts or chats, hf:NAME, or alone a set that `llmq calibrate` recorded; repeatable, with weights. "
+        "Default: WikiText-2's training split, else bundled.",
+        rich_help_panel=CALIBRATING,
+    ),
+]
+CalibrationColumn = Annotated[
+    str, typer.Option("--column", help="Column of the text in rows of a dataset.", rich_help_panel=CALIBRATING)
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        metavar="FILE",
+        help="Template that chats are rendered with; default: the one beside the tokenizer.",
+        rich_help_panel=CALIBRATING,
+    ),
+]
+EvalText = Annotated[
+    str | None,
+    typer.Option(
+        "--eval-text",
+        metavar="FILE",
+        help="Text that the calibration windows are searched for; default: the one that `llmq eval` takes.",
         rich_help_panel=CALIBRATING,
     ),
 ]
@@ -196,8 +218,16 @@ def recipe(
     return Recipe(scheme, key_values(pairs), tuple(skip or ()), skip_unfit, lm_head, calibration)
 
 
-def calibration_source(source: str | None, windows: int | None, length: int | None) -> CalibrationSource:
+def calibration_source(
+    sources: list[str] | None = None,
+    windows: int | None = None,
+    length: int | None = None,
+    *,
+    column: str = "text",
+    chat_template: str | None = None,
+    eval_text: str | None = None,
+) -> CalibrationSource:
     """Gather the options of the panel 'Calibration'."""
     from llmq.api.calibrating import CalibrationSource
 
-    return CalibrationSource(source, windows, length)
+    return CalibrationSource(tuple(sources or ()), windows, length, column, chat_template, eval_text)

@@ -32,6 +32,9 @@ def quantize(
     calibration: o.Calibration = None,
     calibration_windows: o.CalibrationWindows = None,
     calibration_length: o.CalibrationLength = None,
+    column: o.CalibrationColumn = "text",
+    chat_template: o.ChatTemplate = None,
+    eval_text: o.EvalText = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan without reading any weight.", rich_help_panel=o.OUTPUT)
     ] = False,
@@ -48,7 +51,9 @@ def quantize(
     from llmq.cli import render
     from llmq.errors import UsageError
 
-    source = o.calibration_source(calibration, calibration_windows, calibration_length)
+    source = o.calibration_source(
+        calibration, calibration_windows, calibration_length, column=column, chat_template=chat_template, eval_text=eval_text
+    )
     recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head)
     assert recipe is not None
     setup = o.setup("cpu", dtype, threads, None, seed)
@@ -68,6 +73,7 @@ def quantize(
 def calibrate(
     model: o.Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write (.safetensors).", rich_help_panel=o.OUTPUT)],
+    calibration: o.Calibration = None,
     text: Annotated[
         str | None, typer.Option("--text", metavar="FILE", help="Record windows of this text.", rich_help_panel=o.CALIBRATING)
     ] = None,
@@ -84,7 +90,8 @@ def calibrate(
         str | None,
         typer.Option("--tasks", metavar="A,B,…", help="Record the prompts of lm-eval tasks.", rich_help_panel=o.CALIBRATING),
     ] = None,
-    column: Annotated[str, typer.Option("--column", help="The dataset's text column.", rich_help_panel=o.CALIBRATING)] = "text",
+    column: o.CalibrationColumn = "text",
+    chat_template: o.ChatTemplate = None,
     windows: o.CalibrationWindows = None,
     length: o.CalibrationLength = None,
     seed: o.Seed = 0,
@@ -94,10 +101,9 @@ def calibrate(
     from llmq.api.calibrating import CalibrationInput, record_calibration
     from llmq.cli import render
 
+    source = CalibrationInput(text, dataset, tasks, column, windows, length, tuple(calibration or ()), chat_template)
     with render.reporting() as progress:
-        recorded = record_calibration(
-            model, CalibrationInput(text, dataset, tasks, column, windows, length), out, seed=seed, force=force, progress=progress
-        )
+        recorded = record_calibration(model, source, out, seed=seed, force=force, progress=progress)
     render.calibration_set(recorded, out)
 
 
@@ -124,7 +130,7 @@ def generate(
     from llmq.api.generating import complete
     from llmq.cli import render
 
-    source = o.calibration_source(None, None, None)
+    source = o.calibration_source()
     recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head)
     with render.reporting() as progress:
         pieces = complete(

@@ -81,6 +81,16 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def bos_token(self) -> str | None:
+        """How the BOS token is written; None: there is none."""
+        ...
+
+    @property
+    def eos_token(self) -> str | None:
+        """How the EOS token is written; None: there is none."""
+        ...
+
+    @property
     def sha256(self) -> str:
         """SHA-256 of the file."""
         ...
@@ -107,6 +117,16 @@ class _FileTokenizer(ABC):
         """SHA-256 of the file."""
         return sha256_file(self.path)
 
+    @property
+    def bos_token(self) -> str | None:
+        """See `Tokenizer.bos_token`."""
+        return None if self.bos_id is None else self._spelling(self.bos_id)
+
+    @property
+    def eos_token(self) -> str | None:
+        """See `Tokenizer.eos_token`."""
+        return None if self.eos_id is None else self._spelling(self.eos_id)
+
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
         if not bos:
@@ -117,6 +137,9 @@ class _FileTokenizer(ABC):
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _spelling(self, token: int) -> str: ...
 
 
 class SentencePieceTokenizer(_FileTokenizer):
@@ -141,6 +164,9 @@ class SentencePieceTokenizer(_FileTokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return list(self._model.encode(text))
+
+    def _spelling(self, token: int) -> str:
+        return str(self._model.id_to_piece(token))
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
@@ -172,6 +198,9 @@ class JsonTokenizer(_FileTokenizer):
     def _encode(self, text: str) -> list[int]:
         return list(self._model.encode(text, add_special_tokens=False).ids)
 
+    def _spelling(self, token: int) -> str:
+        return str(self._model.id_to_token(token))
+
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
         _check_ids(ids, self)
@@ -196,6 +225,9 @@ class TiktokenTokenizer(_FileTokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return list(self._model.encode(text, allowed_special="all"))
+
+    def _spelling(self, token: int) -> str:
+        return str(self._model.decode([token]))
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""

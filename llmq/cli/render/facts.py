@@ -35,8 +35,25 @@ def calibration_set(recorded: CalibrationSet, out: Path) -> None:
     """Say what was recorded."""
     n, length = recorded.tokens.shape
     stdout().print(f"{n} windows of {length} tokens written to {out}", soft_wrap=True)
-    for key, value in recorded.info.to_json().items():
+    facts = recorded.info.to_json()
+    parts = facts.pop("parts")
+    for key, value in facts.items():
         stdout().print(f"  [dim]{key:<18}[/dim] {value}", soft_wrap=True)
+    columns = [("part", "left"), ("kind", "left"), ("weight", "right"), ("windows", "right"), ("sequences", "right")]
+    columns += [("sha256", "left"), ("template", "left")]
+    cells = [
+        [
+            part["name"],
+            part["kind"],
+            f"{part['weight']:g}",
+            str(part["windows"]),
+            str(part["sequences"]),
+            part["sha256"][:12],
+            (part["template_sha256"] or "–")[:12],
+        ]
+        for part in parts
+    ]
+    show(grid(columns, cells), title="Sources")
 
 
 def coverage(rows: Coverage) -> None:
