@@ -19,7 +19,7 @@ _LAZY = {
     "prepare": ("llmq.ops.select", "prepare"),
     "QuantizedTensor": ("llmq.ops.tensor", "QuantizedTensor"),
     "load": ("llmq.api.loading", "open_model"),
-    "Recipe": ("llmq.api.loading", "Recipe"),
+    "Recipe": ("llmq.api.recipes", "Recipe"),
     "Setup": ("llmq.api.loading", "Setup"),
     "calibrate": ("llmq.api.calibrating", "record_calibration"),
     "quantize": ("llmq.api.quantizing", "quantize_checkpoint"),
@@ -39,9 +39,10 @@ if TYPE_CHECKING:
     from llmq.api.evaluating import Question
     from llmq.api.evaluating import evaluate_model as evaluate
     from llmq.api.generating import complete as generate
-    from llmq.api.loading import Recipe, Setup
+    from llmq.api.loading import Setup
     from llmq.api.loading import open_model as load
     from llmq.api.quantizing import quantize_checkpoint as quantize
+    from llmq.api.recipes import Recipe
     from llmq.ops.select import prepare
     from llmq.ops.tensor import QuantizedTensor
     from llmq.schemes.apply import quantize_

@@ -9,7 +9,8 @@
     ├── SchemeError                  exit 4   a scheme cannot be applied to this model
     │   └── ShapeError                        a layer does not fit the grid; names the layers and what would fit
     ├── KernelError                  exit 5   a kernel that was asked for cannot run here
-    └── OutputError                  exit 6   the output exists, or cannot be written
+    ├── OutputError                  exit 6   the output exists, or cannot be written
+    └── Interrupted                  exit 130 the user stopped it; says what is kept and how to go on
 
 A message is one sentence that says what is wrong, what was got, what is allowed and what to do about it.
 """
@@ -67,6 +68,12 @@ class OutputError(LlmqError):
     """The output exists already, or cannot be written."""
 
     exit_code = 6
+
+
+class Interrupted(LlmqError):
+    """The user stopped a long job; what was finished is kept."""
+
+    exit_code = 130
 
 
 def suggest(name: str, known: list[str]) -> str:

@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 import torch
 
-from llmq.api.loading import Recipe, Setup, open_model
+from llmq.api.loading import Setup, open_model
+from llmq.api.recipes import Recipe
 from llmq.benchmark.decode import bench_model
 from llmq.benchmark.kernels import INTEGER_KERNELS, KernelPlan, bench_kernels, measure_int8_peak, shapes_of
 from llmq.benchmark.machine import Bandwidth, measured_bandwidth, measured_peak

@@ -10,7 +10,8 @@ import psutil
 from llmq.api.benching import machine_bandwidth
 from llmq.api.calibrating import CalibrationSource
 from llmq.api.evaluating import Question, notes_of, quality_records, scored
-from llmq.api.loading import DTYPES, Loaded, Recipe, Setup, open_model
+from llmq.api.loading import DTYPES, Loaded, Setup, open_model
+from llmq.api.recipes import Recipe
 from llmq.benchmark.decode import bench_model, bench_models
 from llmq.benchmark.speed import BenchPlan
 from llmq.calibration.corpus import TextSource

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from llmq.api.loading import HEAD, Loaded, Recipe, Setup, linear_fqns, open_model
+from llmq.api.loading import Loaded, Setup, open_model
+from llmq.api.recipes import HEAD, Recipe, linear_fqns
 from llmq.calibration.corpus import TextSource, resolve_text
 from llmq.calibration.overlap import overlap
 from llmq.errors import UsageError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmq.api.loading import Recipe, Setup, open_model
+from llmq.api.loading import Setup, open_model
+from llmq.api.recipes import Recipe
 from llmq.model.generate import Sampling, generate
 from llmq.model.tokenizer import StreamDecoder
 from llmq.progress import SILENT, Progress

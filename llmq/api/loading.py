@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ from typing import Any
 import torch
 
 from llmq.algorithms.report import LayerReport
-from llmq.api.calibrating import CalibrationSource, calibration_set
+from llmq.api.calibrating import calibration_set
+from llmq.api.recipes import Recipe, settle
 from llmq.api.sizes import Size, size_of
 from llmq.calibration.recorder import CalibrationSet
 from llmq.calibration.sequential import quantize_sequential
@@ -32,11 +31,10 @@ from llmq.results.coverage import Coverage
 from llmq.results.environment import capture
 from llmq.results.record import Cache, Environment, Subject
 from llmq.schemes.apply import quantize_
-from llmq.schemes.registry import ResolvedScheme, resolve
+from llmq.schemes.overrides import Override
+from llmq.schemes.registry import ResolvedScheme
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-HEAD = "lm_head"
-HEAD_KEPT = "the output head is kept unless --lm-head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,27 +76,6 @@ class Setup:
         return capture(threads=torch.get_num_threads(), device=self.device)
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """A scheme by name, its options as text, and which linears it leaves alone."""
-
-    scheme: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    skip: tuple[str, ...] = ()
-    skip_unfit: bool = False
-    lm_head: bool = False
-    calibration: CalibrationSource = field(default_factory=CalibrationSource)
-
-    def resolve(self) -> ResolvedScheme:
-        """Validate the name and the options."""
-        return resolve(self.scheme, dict(self.options))
-
-    def skipped(self, fqns: list[str]) -> tuple[str, ...]:
-        """The user's patterns and, unless it is to be quantized too, the output head of a model that has these linears."""
-        head = (HEAD,) if not self.lm_head and HEAD in fqns else ()
-        return (*self.skip, *head)
-
-
 @dataclass
 class Loaded:
     """A model ready to run, and everything that a record must say about it."""
@@ -111,6 +88,7 @@ class Loaded:
     reports: list[LayerReport] = field(default_factory=list)
     choices: list[KernelChoice] = field(default_factory=list)
     calibration: CalibrationSet | None = None
+    overrides: tuple[Override, ...] = ()
 
     @cached_property
     def size(self) -> Size:
@@ -137,11 +115,13 @@ class Loaded:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The scheme's options, all of them resolved."""
-        if self.resolved:
-            return self.resolved.options_json()
+        """The scheme's options, all of them resolved, and what overrides it where something does."""
         manifest = self.checkpoint.manifest
-        return dict(manifest.options) if manifest else {}
+        if self.resolved:
+            options, overrides = self.resolved.options_json(), [override.to_json() for override in self.overrides]
+        else:
+            options, overrides = (dict(manifest.options), manifest.overrides) if manifest else ({}, [])
+        return {**options, "overrides": [str(Override(**data)) for data in overrides]} if overrides else options
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -219,35 +199,19 @@ def open_model(path: str, recipe: Recipe | None = None, setup: Setup | None = No
 
 
 def apply_recipe(loaded: Loaded, recipe: Recipe, *, progress: Progress = SILENT) -> None:
-    """Quantize `loaded.model` in place, with calibration when the scheme needs it."""
+    """Quantize `loaded.model` in place, with calibration when a linear's scheme needs it."""
     resolved = recipe.resolve()
-    loaded.resolved = resolved
     if resolved.baseline_dtype is not None:
         loaded.setup = replace(loaded.setup, dtype=resolved.name)
-    skip = recipe.skipped(linear_fqns(loaded.model)) if resolved.baseline_dtype is None else recipe.skip
-    if resolved.needs_calibration:
+    settled = settle(recipe, loaded.model, loaded.setup.torch_dtype)
+    loaded.resolved, loaded.overrides = resolved, recipe.overrides
+    how: dict[str, Any] = {"skip": settled.skip, "skip_unfit": recipe.skip_unfit, "overrides": settled.overrides}
+    if settled.needs_calibration:
         calibration = calibration_set(
             loaded.tokenizer, loaded.model.config, recipe.calibration, seed=loaded.setup.seed, progress=progress
         )
         loaded.calibration = calibration
-        loaded.coverage, loaded.reports = quantize_sequential(
-            loaded.model, resolved, calibration, skip=skip, skip_unfit=recipe.skip_unfit, progress=progress
-        )
+        covered, loaded.reports = quantize_sequential(loaded.model, resolved, calibration, progress=progress, **how)
     else:
-        loaded.coverage = quantize_(
-            loaded.model, resolved, skip=skip, skip_unfit=recipe.skip_unfit, dtype=loaded.setup.torch_dtype
-        )
-    loaded.coverage = explain_head(loaded.coverage, recipe)
-
-
-def explain_head(coverage: Coverage, recipe: Recipe) -> Coverage:
-    """Say of an output head that nobody asked to skip why it was left alone."""
-    if recipe.lm_head or any(fnmatchcase(HEAD, pattern) for pattern in recipe.skip):
-        return coverage
-    rows = (replace(row, reason=HEAD_KEPT) if row.fqn == HEAD and row.reason else row for row in coverage.rows)
-    return replace(coverage, rows=tuple(rows))
-
-
-def linear_fqns(model: torch.nn.Module) -> list[str]:
-    """Names of all linears, in the model's order."""
-    return [fqn for fqn, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        covered = quantize_(loaded.model, resolved, dtype=loaded.setup.torch_dtype, **how)
+    loaded.coverage = recipe.explain(covered)

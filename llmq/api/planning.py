@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from llmq.api.calibrating import DEFAULT_WINDOWS, context_window
-from llmq.api.loading import Recipe, Setup, explain_head, linear_fqns
+from llmq.api.loading import Setup
+from llmq.api.recipes import Recipe, settle
 from llmq.checkpoint import open_checkpoint
 from llmq.errors import UsageError
 from llmq.model.kv_cache import kv_bytes_per_token, kv_name
 from llmq.model.llama import Llama
 from llmq.results.coverage import Coverage
-from llmq.schemes.apply import plan
+from llmq.schemes.cover import coverage
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,29 @@ def plan_quantization(path: str, recipe: Recipe, setup: Setup) -> Plan:
     checkpoint = open_checkpoint(path)
     if checkpoint.manifest is not None:
         raise UsageError(f"{path} is quantized already (scheme {checkpoint.manifest.scheme}); name the original checkpoint.")
-    resolved = recipe.resolve()
     with torch.device("meta"):
         model = Llama(checkpoint.config).to(checkpoint.dtype)
-    skip = recipe.skipped(linear_fqns(model)) if resolved.baseline_dtype is None else recipe.skip
+    settled = settle(recipe, model, setup.torch_dtype)
+    resolved = settled.resolved
     dtype = resolved.baseline_dtype or setup.torch_dtype
-    coverage = explain_head(plan(model, resolved, skip=skip, skip_unfit=recipe.skip_unfit, dtype=dtype), recipe)
+    dtypes = {decision.fqn: decision.parameter.dtype for decision in settled.decisions}
+    planned = coverage(resolved.name, settled.decisions, dtypes=dtypes, noise={}, compute=dtype)
+    covered = recipe.explain(planned)
     parts = {
-        "the result": coverage.nbytes,
-        "fp32 copies of the largest weight": 3 * 4 * max(row.elements for row in coverage.rows),
+        "the result": covered.nbytes,
+        "fp32 copies of the largest weight": 3 * 4 * max(row.elements for row in covered.rows),
     }
-    if resolved.needs_calibration:
+    if settled.needs_calibration:
         config, source = checkpoint.config, recipe.calibration
         tokens = (source.windows or DEFAULT_WINDOWS) * (source.length or context_window(config))
-        widest = max(row.shape[-1] for row in coverage.quantized)
+        widest = max(row.shape[-1] for row in covered.quantized)
         parts["calibration activations"] = 2 * tokens * config.hidden_size * torch.float32.itemsize
         parts["Hessian of the widest linear and its factors"] = 4 * widest * widest * torch.float64.itemsize
     return Plan(
         model=path,
         scheme=resolved.name,
         options=resolved.options_json(),
-        coverage=coverage,
+        coverage=covered,
         source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         peak_bytes=sum(parts.values()),
         peak_parts=parts,

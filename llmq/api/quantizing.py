@@ -1,22 +1,57 @@
-"""Writing quantized checkpoints."""
+"""Writing quantized checkpoints: part by part, so that memory holds a few blocks whatever the number of layers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llmq import __version__
-from llmq.api.loading import Loaded, Recipe, Setup, apply_recipe
-from llmq.checkpoint import Manifest, load_model, open_checkpoint, save_model
-from llmq.errors import UsageError
-from llmq.files import check_absent
+from llmq.algorithms.report import LayerReport
+from llmq.api.calibrating import OverlapCheck, calibration_json, calibration_set, check_overlap
+from llmq.api.keeping import JobKeeper
+from llmq.api.loading import Loaded, Setup
+from llmq.api.recipes import Recipe, Settled, settle
+from llmq.calibration.recorder import CalibrationSet
+from llmq.calibration.sequential import Walk, WalkSettings
+from llmq.checkpoint import Manifest, load_model, open_checkpoint
+from llmq.checkpoint.job import Job
+from llmq.checkpoint.parts import PartwiseModel
+from llmq.checkpoint.source import Checkpoint
+from llmq.errors import Interrupted, TextError, UsageError
+from llmq.numerics.grid import IntGrid, format_from_json
+from llmq.numerics.weight import float_grid
 from llmq.progress import SILENT, Progress
+from llmq.ranks import Ranks, join_ranks
+from llmq.results.coverage import Coverage
 from llmq.results.record import Metric, Protocol, ResultRecord
+from llmq.schemes.cover import coverage
 
 _VERSIONED = ("torch", "safetensors")
 """Packages whose version can change the bytes that are written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How a quantization runs; none of it but `activations` changes what is written.
+
+    Attributes:
+        force: replace an existing output.
+        restart: throw away what an earlier, unfinished run has left.
+        strict: end with an error where something falls back or the calibration text overlaps the evaluation text.
+        activations: dtype of hidden states between blocks, 'bf16' or 'fp32'.
+        spill: keep them on the disk of this folder; None: in memory.
+    """
+
+    force: bool = False
+    restart: bool = False
+    strict: bool = False
+    activations: str = "bf16"
+    spill: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -27,42 +62,148 @@ class Quantized:
     loaded: Loaded
     manifest: Manifest
     record: ResultRecord
+    resumed: int = 0
+    """Parts that an earlier run had finished."""
 
 
 def quantize_checkpoint(
-    path: str, recipe: Recipe, setup: Setup, out: Path, *, force: bool = False, progress: Progress = SILENT
-) -> Quantized:
+    path: str, recipe: Recipe, setup: Setup, out: Path, *, how: Running | None = None, progress: Progress = SILENT
+) -> Quantized | None:
     """Quantize the checkpoint at `path` and write it to the folder `out`, whole or not at all.
 
+    What is finished is kept in `out`.partial: after a kill, a full disk or an interrupt the same call goes on there, and ends
+    with the same bytes.
+
+    Returns:
+        The result; None in every process but the first of several.
+
     Raises:
-        OutputError: `out` exists and `force` is not set, or it cannot be written.
+        OutputError: `out` exists and may not be replaced, or it cannot be written.
         InputError: the checkpoint, tokenizer or calibration text cannot be used.
-        SchemeError: the scheme does not fit the model.
+        SchemeError: the scheme does not fit the model; with `strict`, something fell back.
+        UsageError: what an earlier run left belongs to another job.
     """
-    check_absent(out, force=force)
+    how = how or Running()
     setup.apply()
+    ranks = join_ranks(setup.device)
     checkpoint = open_checkpoint(path)
     if checkpoint.manifest is not None:
         raise UsageError(f"{path} is quantized already (scheme {checkpoint.manifest.scheme}); name the original checkpoint.")
-    loaded = Loaded(checkpoint, load_model(checkpoint, dtype=setup.torch_dtype, progress=progress), None, setup)
-    apply_recipe(loaded, recipe, progress=progress)
-    assert loaded.coverage is not None
-    environment = loaded.setup.environment()
-    manifest = Manifest(
-        scheme=loaded.scheme,
-        options=loaded.options,
-        source={"name": loaded.name, "format": checkpoint.format, "sha256": checkpoint.sha256},
-        calibration=loaded.calibration.info.to_json() if loaded.calibration else None,
-        tokenizer_sha256=loaded.tokenizer.sha256,
-        seed=setup.seed,
-        threads=torch.get_num_threads(),
-        versions={"llmq": __version__} | {name: environment.packages[name] for name in _VERSIONED},
-        skipped={fqn: why for fqn, why in loaded.coverage.skipped.items() if not why.startswith("not a linear")},
-        layers=[report.to_json() for report in loaded.reports],
-    )
-    written = save_model(loaded.model, out, manifest=manifest, source=checkpoint, force=force, progress=progress)
+    baseline = recipe.resolve().baseline_dtype
+    setup = setup if baseline is None else replace(setup, dtype=recipe.scheme)
+    parts = PartwiseModel(checkpoint, setup.torch_dtype)
+    settled = settle(recipe, parts.model, setup.torch_dtype)
+    loaded = Loaded(checkpoint, parts.model, settled.resolved, setup, overrides=recipe.overrides)
+    seen, check = _calibration(loaded, recipe, settled, how, ranks=ranks, progress=progress)
+    loaded.calibration = seen
+    manifest = _manifest(loaded, recipe, seen, check)
+    job = Job(out, _identity(manifest, recipe, seen, how, ranks), force=how.force, restart=how.restart) if ranks.first else None
+    resumed = len(job.finished) if job is not None else 0
+    if job is not None and resumed:
+        progress.note(f"going on after {resumed} of {len(parts.parts)} parts that {job.folder} holds")
+    dtypes = {decision.fqn: decision.parameter.dtype for decision in settled.decisions}
+    keeper = JobKeeper(parts, job, ranks=ranks, strict=how.strict)
+    settings = WalkSettings(how.activations, how.spill, None, ranks)
+    with _interruptible(job):
+        reports = Walk(parts.model, settled.decisions, seen, keeper=keeper, settings=settings).run(progress=progress)
+    if job is None:
+        return None
+    noise = {report.fqn: report.sqnr_db for report in reports}
+    compute = baseline or setup.torch_dtype
+    covered = coverage(settled.resolved.name, settled.decisions, dtypes=dtypes, noise=noise, compute=compute)
+    loaded.reports, loaded.coverage = reports, recipe.explain(covered)
+    written = _finish(job, keeper, loaded, manifest, reports)
+    loaded.model = load_model(written, dtype=compute)
     assert written.manifest is not None
-    return Quantized(out, loaded, written.manifest, _record(loaded))
+    return Quantized(out, loaded, written.manifest, _record(loaded), resumed)
+
+
+def _calibration(
+    loaded: Loaded, recipe: Recipe, settled: Settled, how: Running, *, ranks: Ranks, progress: Progress
+) -> tuple[CalibrationSet | None, OverlapCheck | None]:
+    """Record or read the windows where a scheme needs some, and search them for the evaluation text."""
+    if not settled.needs_calibration:
+        return None, None
+    config, source = loaded.checkpoint.config, recipe.calibration
+    seen = calibration_set(loaded.tokenizer, config, source, seed=loaded.setup.seed, progress=progress)
+    check = check_overlap(seen, loaded.tokenizer, eval_text=source.eval_text, progress=progress)
+    if check.warning and how.strict:
+        raise TextError(f"--strict: {check.warning}")
+    if len(seen.tokens) < ranks.size:
+        raise UsageError(f"{len(seen.tokens)} calibration windows cannot be shared by {ranks.size} processes; record more.")
+    return seen, check
+
+
+def _manifest(loaded: Loaded, recipe: Recipe, seen: CalibrationSet | None, check: OverlapCheck | None) -> Manifest:
+    """Return what is known before the first weight is read."""
+    packages = loaded.setup.environment().packages
+    assert loaded.resolved is not None
+    return Manifest(
+        scheme=loaded.scheme,
+        options=loaded.resolved.options_json(),
+        overrides=[override.to_json() for override in recipe.overrides],
+        source={"name": loaded.name, "format": loaded.checkpoint.format, "sha256": loaded.checkpoint.sha256},
+        calibration=calibration_json(seen.info, check) if seen and check else None,
+        tokenizer_sha256=loaded.tokenizer.sha256,
+        seed=loaded.setup.seed,
+        threads=torch.get_num_threads(),
+        versions={"llmq": __version__} | {name: packages[name] for name in _VERSIONED},
+        dtype=float_grid(loaded.setup.torch_dtype).dtype,
+    )
+
+
+def _identity(manifest: Manifest, recipe: Recipe, seen: CalibrationSet | None, how: Running, ranks: Ranks) -> dict[str, Any]:
+    """Return everything that the bytes of the result depend on."""
+    known = manifest.model_dump(mode="json", include={"scheme", "options", "overrides", "tokenizer_sha256", "seed", "threads"})
+    calibration = {key: value for key, value in (manifest.calibration or {}).items() if key != "overlap"}
+    return {
+        "model": manifest.source["sha256"],
+        **known,
+        "skip": [*recipe.skip, f"lm_head={recipe.lm_head}", f"skip_unfit={recipe.skip_unfit}"],
+        "calibration": calibration if seen is not None else None,
+        "dtype": manifest.dtype,
+        "activations": how.activations if seen is not None else None,
+        "processes": ranks.size,
+        "versions": manifest.versions,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _finish(job: Job, keeper: JobKeeper, loaded: Loaded, manifest: Manifest, reports: list[LayerReport]) -> Checkpoint:
+    """Put the finished parts together."""
+    assert loaded.coverage is not None
+    names = list(keeper.parts.parts)
+    formats: dict[str, dict[str, Any]] = {}
+    for part in names:
+        entry = keeper.entry(part)
+        assert entry is not None
+        formats |= entry["formats"]
+    config = loaded.checkpoint.config
+    if config.tie_word_embeddings and isinstance(format_from_json(formats["lm_head"]).weight, IntGrid):
+        config = replace(config, tie_word_embeddings=False)  # the head was quantized, and is no longer the embedding
+    complete = manifest.model_copy(
+        update={
+            "skipped": _skipped(loaded.coverage),
+            "layers": [report.to_json() for report in reports],
+            "formats": formats,
+        }
+    )
+    return job.put_together(names, complete, config, loaded.checkpoint)
+
+
+def _skipped(covered: Coverage) -> dict[str, str]:
+    return {fqn: why for fqn, why in covered.skipped.items() if not why.startswith("not a linear")}
+
+
+@contextmanager
+def _interruptible(job: Job | None) -> Iterator[None]:
+    """Say how to go on when the user stops the run."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        done = len(job.finished) if job is not None else 0
+        where = f"; {done} parts are finished in {job.folder}" if job is not None and done else ""
+        raise Interrupted(f"interrupted{where}: the same command goes on from there, --restart begins anew.") from error
 
 
 def _record(loaded: Loaded) -> ResultRecord:

@@ -15,8 +15,10 @@ from llmq.errors import UsageError
 from llmq.numerics.grid import IntGrid
 from llmq.ops.tensor import QuantizedTensor
 from llmq.schemes.apply import plain_weight
-from llmq.schemes.block import HEAD
+from llmq.schemes.block import EMBEDDING, HEAD
 from llmq.schemes.cover import Decision
+
+__all__ = ["EMBEDDING", "HEAD", "BlockModel", "InMemory", "Keeper", "Stage", "block_model", "stages_of"]
 
 
 class BlockModel(Protocol):

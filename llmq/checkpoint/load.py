@@ -117,12 +117,12 @@ class ParameterReader:
             weight = self.plain(name)
             form = LinearFormat(float_grid(weight.dtype), form.activation)
             return QuantizedTensor.from_weight(QuantizedWeight.from_float(weight), form, self._dtype)
-        tensors = {part: self._checkpoint.read(part).to(self._device) for part in stored_names(name, form.weight)}
+        tensors = {part: self._checkpoint.read(part).to(self._device) for part in stored_names(name, form)}
         if self._check_finite:
             for part, tensor in tensors.items():
                 if tensor.is_floating_point():
                     refuse_not_finite(part, self._checkpoint.tensors[part].file, tensor)
-        return QuantizedTensor.from_weight(assemble(name, form.weight, shape, tensors), form, self._dtype)
+        return QuantizedTensor.from_weight(assemble(name, form, shape, tensors), form, self._dtype)
 
     def _count(self, name: str, *, shared: bool) -> None:
         """Let go of the mapping after some copying. Tensors that share it keep it: then there was nothing to be gained."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from llmq.errors import CheckpointError, UsageError
 from llmq.numerics.grid import LinearFormat, ScaleDtype, format_from_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KIND: Literal["llmq-checkpoint"] = "llmq-checkpoint"
 FILE_NAME = "llmq.json"
 
@@ -37,6 +37,9 @@ class Manifest(BaseModel):
     schema_version: int = SCHEMA_VERSION
     scheme: str
     options: dict[str, Any] = Field(default_factory=dict, description="every option of the scheme, resolved")
+    overrides: list[dict[str, Any]] = Field(
+        default_factory=list, description="other schemes of some linears: pattern, scheme, options"
+    )
     source: dict[str, Any] = Field(default_factory=dict, description="of the original checkpoint: name, format, sha256 …")
     calibration: dict[str, Any] | None = Field(None, description="text, hashes, windows, length, seed; None: none was used")
     tokenizer_sha256: str | None = None

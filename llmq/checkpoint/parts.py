@@ -59,6 +59,10 @@ class PartwiseModel:
         """Give a parameter another value, which may be a `QuantizedTensor`."""
         assign(self.model, name, value)
 
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape of a parameter, whatever its value is now."""
+        return self._empty[name].shape
+
     def drop(self, part: str) -> None:
         """Let go of the parameters of a part, and of the mapping they were read through."""
         names = [*self.parts[part], *([HEAD_WEIGHT] if part == HEAD else [])]

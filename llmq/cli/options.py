@@ -11,7 +11,8 @@ from llmq.errors import UsageError
 
 if TYPE_CHECKING:
     from llmq.api.calibrating import CalibrationSource
-    from llmq.api.loading import Recipe, Setup
+    from llmq.api.loading import Setup
+    from llmq.api.recipes import Recipe
 
 RUNNING = "How it runs"
 QUANTIZING = "Quantization"
@@ -66,6 +67,15 @@ SchemeOptions = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Option of the scheme, such as group_size=64; repeatable.",
+        rich_help_panel=QUANTIZING,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--override",
+        metavar="PATTERN=SCHEME[:KEY=VALUE,…]",
+        help="Another scheme for linears whose name matches, such as '*.down_proj=int4:group_size=32'; repeatable.",
         rich_help_panel=QUANTIZING,
     ),
 ]
@@ -207,15 +217,21 @@ def recipe(
     *,
     skip_unfit: bool,
     lm_head: bool,
+    overrides: list[str] | None = None,
 ) -> Recipe | None:
     """Gather the options of the panel 'Quantization'; None when no scheme is asked for."""
-    from llmq.api.loading import Recipe
+    from llmq.api.recipes import Recipe
 
     if scheme is None:
-        if pairs or skip or skip_unfit or lm_head:
-            raise UsageError("-S, --skip, --skip-unfit and --lm-head say how to apply a scheme; name one with --scheme.")
+        if pairs or skip or skip_unfit or lm_head or overrides:
+            raise UsageError(
+                "-S, --override, --skip, --skip-unfit and --lm-head say how to apply a scheme; name one with --scheme."
+            )
         return None
-    return Recipe(scheme, key_values(pairs), tuple(skip or ()), skip_unfit, lm_head, calibration)
+    from llmq.schemes.overrides import Override
+
+    others = tuple(Override.parse(text) for text in overrides or ())
+    return Recipe(scheme, key_values(pairs), tuple(skip or ()), skip_unfit, lm_head, calibration, others)
 
 
 def calibration_source(

@@ -26,6 +26,7 @@ def quantize(
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.", rich_help_panel=o.OUTPUT)] = None,
     option: o.SchemeOptions = None,
+    override: o.Overrides = None,
     skip: o.Skip = None,
     skip_unfit: o.SkipUnfit = False,
     lm_head: o.LmHead = False,
@@ -38,6 +39,24 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan without reading any weight.", rich_help_panel=o.OUTPUT)
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="End with an error where a layer falls back or texts overlap.", rich_help_panel=o.RUNNING),
+    ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Throw away what an unfinished run left in OUT.partial.", rich_help_panel=o.OUTPUT),
+    ] = False,
+    activations: Annotated[
+        str,
+        typer.Option("--activations", metavar="bf16|fp32", help="Hidden states between blocks.", rich_help_panel=o.RUNNING),
+    ] = "bf16",
+    spill: Annotated[
+        Path | None,
+        typer.Option(
+            "--spill", metavar="FOLDER", help="Keep hidden states on this disk, not in memory.", rich_help_panel=o.RUNNING
+        ),
+    ] = None,
     dtype: o.Dtype = "bf16",
     threads: o.Threads = None,
     seed: o.Seed = 0,
@@ -45,16 +64,19 @@ def quantize(
     record: o.RecordFile = None,
     json: o.Json = False,
 ) -> None:
-    """Quantize a checkpoint and write it: safetensors with canonical codes, and llmq.json that says how it was made."""
+    """Quantize a checkpoint and write it: safetensors with canonical codes, and llmq.json that says how it was made.
+
+    A run that was killed, interrupted or ran out of disk goes on where it stopped when the same command is given again.
+    """
     from llmq.api.planning import plan_quantization
-    from llmq.api.quantizing import quantize_checkpoint
+    from llmq.api.quantizing import Running, quantize_checkpoint
     from llmq.cli import render
     from llmq.errors import UsageError
 
     source = o.calibration_source(
         calibration, calibration_windows, calibration_length, column=column, chat_template=chat_template, eval_text=eval_text
     )
-    recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head)
+    recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head, overrides=override)
     assert recipe is not None
     setup = o.setup("cpu", dtype, threads, None, seed)
     if dry_run:
@@ -63,7 +85,10 @@ def quantize(
     if out is None:
         raise UsageError("nowhere to write to: name a folder with --out, or ask for the plan with --dry-run.")
     with render.reporting(quiet=json) as progress:
-        result = quantize_checkpoint(model, recipe, setup, out, force=force, progress=progress)
+        how = Running(force=force, restart=restart, strict=strict, activations=activations, spill=spill)
+        result = quantize_checkpoint(model, recipe, setup, out, how=how, progress=progress)
+    if result is None:  # another process of several prints and records
+        return
     render.save_records([result.record], record)
     render.records_or_json([result.record], json=json)
     if not json:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 import llmq
-from llmq.api.loading import HEAD, Recipe, Setup, open_model
+from llmq.api.loading import Setup, open_model
+from llmq.api.recipes import HEAD, Recipe
 from llmq.benchmark.traffic import traffic_of_model
 from llmq.evaluation.protocols import Window
 from llmq.evaluation.scoring import Batching, slabs, token_losses

@@ -254,7 +254,7 @@ def artefact(source: Checkpoint, model: Llama, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"schema_version": 2}, "has schema version 2, this llmq reads up to 1; update llmq"),
+        ({"schema_version": 3}, "has schema version 3, this llmq reads up to 2; update llmq"),
         ({"scheme": None}, "scheme: "),
         ({"surprise": 1}, "surprise: "),
         ({"formats": {"lm_head": {"weight": {"kind": "int", "bits": 9}, "activation": None}}}, "bits must be from 2 to 8"),

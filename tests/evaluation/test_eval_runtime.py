@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llmq.api.evaluating import Question, evaluate_model
-from llmq.api.loading import Recipe, Setup
+from llmq.api.loading import Setup
+from llmq.api.recipes import Recipe
 from llmq.ops import native
 
 WINDOWS = 12

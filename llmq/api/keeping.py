@@ -1,0 +1,140 @@
+"""The keeper of a model that is quantized from disk to disk: one part in memory at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.algorithms.report import LayerReport
+from llmq.checkpoint.artefact import assemble, stored_names
+from llmq.checkpoint.job import Job
+from llmq.checkpoint.parts import PartwiseModel
+from llmq.checkpoint.source import HEAD as HEAD_WEIGHT
+from llmq.checkpoint.store import stored_parameter
+from llmq.errors import SchemeError
+from llmq.numerics.grid import IntGrid, LinearFormat, format_from_json
+from llmq.ops.tensor import QuantizedTensor
+from llmq.ranks import Ranks
+from llmq.schemes.block import HEAD
+
+
+class JobKeeper:
+    """Opens parts of an original checkpoint, and keeps what becomes of them in a job's folder.
+
+    Attributes:
+        parts: the model.
+        job: the folder; only the first process writes there.
+        ranks: the processes.
+        strict: a fallback in a report is an error, before the part is stored.
+    """
+
+    def __init__(self, parts: PartwiseModel, job: Job | None, *, ranks: Ranks, strict: bool) -> None:
+        self.parts, self.job, self.ranks, self.strict = parts, job, ranks, strict
+
+    def open(self, part: str) -> None:
+        """See `Keeper.open`."""
+        self.parts.open(part)
+
+    def leave(self, part: str) -> None:
+        """See `Keeper.leave`."""
+        self.parts.drop(part)
+
+    def close(self, part: str, reports: list[LayerReport]) -> None:
+        """See `Keeper.close`.
+
+        Raises:
+            SchemeError: a report has a fallback, and the run is strict.
+            OutputError: the part cannot be written.
+        """
+        fallbacks = [f"{report.fqn}: {report.fallback}" for report in reports if report.fallback]
+        if fallbacks and self.strict:
+            raise SchemeError(
+                f"--strict: {fallbacks[0]}; what was finished before is kept: without --strict the same command goes on with "
+                "round to nearest there."
+            )
+        if self.job is not None:
+            tensors, formats = self._stored(part)
+            facts = {
+                "formats": formats,
+                "reports": [report.to_json() for report in reports],
+                "seconds": [report.seconds for report in reports],
+            }
+            self.job.store(part, tensors, facts)
+        self.parts.drop(part)
+        self.ranks.wait()
+
+    def finished(self, part: str) -> list[LayerReport] | None:
+        """See `Keeper.finished`."""
+        entry = self.entry(part)
+        if entry is None:
+            return None
+        pairs = zip(entry["reports"], entry["seconds"], strict=True)
+        return [LayerReport.from_json(data, seconds=seconds) for data, seconds in pairs]
+
+    def restore(self, part: str) -> None:
+        """See `Keeper.restore`."""
+        entry = self.entry(part)
+        assert entry is not None
+        tensors = self._broadcast(part)
+        dtype = self.parts.model.dtype
+        for name in self._names(part):
+            data = entry["formats"].get(name.removesuffix(".weight"))
+            form = format_from_json(data) if data is not None else None
+            self.parts.put(name, _value(name, form, tensors, tuple(self.parts.shape(name)), dtype))
+
+    def entry(self, part: str) -> dict[str, Any] | None:
+        """Return what the first process knows of a finished part; see `Job.entry`."""
+        mine = self.job.entry(part) if self.job is not None else None
+        known: dict[str, Any] | None = self.ranks.json_from(mine, 0)
+        return known
+
+    def _names(self, part: str) -> list[str]:
+        """Names of the parameters that are stored for a part: a tied head only where it is its own now."""
+        names = list(self.parts.parts[part])
+        head = self.parts.model.lm_head.weight
+        own = isinstance(head, QuantizedTensor) and isinstance(head.format.weight, IntGrid)
+        if part == HEAD and self.parts.checkpoint.config.tie_word_embeddings and own:
+            names.append(HEAD_WEIGHT)
+        return names
+
+    def _stored(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        model = self.parts.model
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        tensors: dict[str, Tensor] = {}
+        formats: dict[str, Any] = {}
+        for name in self._names(part):
+            own, form = stored_parameter(name, parameters[name], model.dtype)
+            tensors |= own
+            if form is not None:
+                formats[name.removesuffix(".weight")] = form
+        if part == HEAD and HEAD_WEIGHT.removesuffix(".weight") not in formats:
+            form = stored_parameter(HEAD_WEIGHT, parameters[HEAD_WEIGHT], model.dtype)[1]
+            if form is not None:
+                formats[HEAD_WEIGHT.removesuffix(".weight")] = form
+        return tensors, formats
+
+    def _broadcast(self, part: str) -> dict[str, Tensor]:
+        """Return the stored tensors of a part, which the first process reads for all."""
+        mine = self.job.tensors(part) if self.job is not None else {}
+        if self.ranks.size == 1:
+            return mine
+        shapes = {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in mine.items()}
+        described = self.ranks.json_from(shapes, 0)
+        tensors = {}
+        for name, (shape, dtype) in described.items():
+            tensor = mine[name].clone() if name in mine else torch.empty(shape, dtype=getattr(torch, dtype))
+            self.ranks.tensor_from(tensor.view(-1).view(torch.uint8), 0)
+            tensors[name] = tensor
+        return tensors
+
+
+def _value(
+    name: str, form: LinearFormat | None, tensors: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Make a parameter of what is stored for it."""
+    if form is None or not isinstance(form.weight, IntGrid):
+        return tensors[name]
+    own = {stored: tensors[stored] for stored in stored_names(name, form)}
+    return QuantizedTensor.from_weight(assemble(name, form, shape, own), form, dtype)
