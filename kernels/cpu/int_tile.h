@@ -405,7 +405,7 @@ struct IntTile {
     if (linear.activation == LLMQ_ACTIVATION_UINT8) {
       return whole ? row_span<1, LLMQ_ZERO_INT, true> : row_span<1, LLMQ_ZERO_NONE, true>;
     }
-    if (linear.activation == LLMQ_ACTIVATION_INT8) {
+    if (is_symmetric(linear.activation)) {
       return whole ? row_span<1, LLMQ_ZERO_INT, false> : row_span<1, LLMQ_ZERO_NONE, false>;
     }
     if (linear.zero == LLMQ_ZERO_FLOAT) return row_span<2, LLMQ_ZERO_FLOAT, false>;

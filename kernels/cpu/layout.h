@@ -18,6 +18,11 @@ static inline bool is_integer(const LlmqLinear& linear) {
   return linear.weight == LLMQ_WEIGHT_INT8 || linear.weight == LLMQ_WEIGHT_INT4;
 }
 
+// Whether int8 codes of x have no zero point; 16-bit ones have none either, but other steps.
+static inline bool is_symmetric(int32_t activation) {
+  return activation == LLMQ_ACTIVATION_INT8 || activation == LLMQ_ACTIVATION_STATIC;
+}
+
 static inline Layout layout_of(const LlmqLinear& linear) {
   Layout at = {};
   at.padded_k = round_up(linear.k, kStep);
@@ -25,7 +30,7 @@ static inline Layout layout_of(const LlmqLinear& linear) {
   at.groups = linear.k / at.group;
   // int8 products of int8 codes never leave int32 (LLMQ_MAX_K), so a row with one scale is one sum.
   const bool whole_row = !is_integer(linear) || (linear.weight == LLMQ_WEIGHT_INT8 && at.groups == 1 &&
-                                                 linear.activation == LLMQ_ACTIVATION_INT8);
+                                                 is_symmetric(linear.activation));
   at.block = whole_row ? linear.k : min_of(at.group, kBlock);
   at.blocks_per_group = ceil_div(at.group, at.block);
   at.blocks = at.groups * at.blocks_per_group;

@@ -51,16 +51,14 @@ int32_t check_linear(const LlmqLinear& linear) {
   if (!int4 && linear.weight != LLMQ_WEIGHT_INT8) return LLMQ_STATUS_FORMAT;
   if (linear.scale != LLMQ_SCALE_F32 && linear.scale != LLMQ_SCALE_BF16) return LLMQ_STATUS_FORMAT;
   if (linear.zero < LLMQ_ZERO_NONE || linear.zero > (int4 ? LLMQ_ZERO_FLOAT : LLMQ_ZERO_NONE)) return LLMQ_STATUS_FORMAT;
-  if (linear.activation < LLMQ_ACTIVATION_FLOAT ||
-      linear.activation > (int4 ? LLMQ_ACTIVATION_UINT8 : LLMQ_ACTIVATION_INT8)) {
-    return LLMQ_STATUS_FORMAT;
-  }
+  if (linear.activation < LLMQ_ACTIVATION_FLOAT || linear.activation > LLMQ_ACTIVATION_STATIC) return LLMQ_STATUS_FORMAT;
+  if (!int4 && linear.activation == LLMQ_ACTIVATION_UINT8) return LLMQ_STATUS_FORMAT;
   if (linear.zero == LLMQ_ZERO_FLOAT && linear.activation != LLMQ_ACTIVATION_FLOAT) return LLMQ_STATUS_FORMAT;
   if (linear.group < 1 || linear.k % linear.group != 0) return LLMQ_STATUS_SHAPE;
   if (linear.group != linear.k && linear.group % kStep != 0) return LLMQ_STATUS_SHAPE;
-  // Written so that a NaN fails.
-  const bool eps_fits = linear.eps >= kLeastNormal && linear.eps <= kMostFinite;
-  return linear.activation == LLMQ_ACTIVATION_FLOAT || eps_fits ? LLMQ_STATUS_OK : LLMQ_STATUS_EPS;
+  if (linear.activation == LLMQ_ACTIVATION_FLOAT) return LLMQ_STATUS_OK;
+  const float scale = linear.activation == LLMQ_ACTIVATION_STATIC ? linear.input_scale : linear.eps;
+  return scale >= kLeastNormal && scale <= kMostFinite ? LLMQ_STATUS_OK : LLMQ_STATUS_EPS;  // a NaN fails
 }
 
 int64_t rows_bytes(const IsaKernels& isa, const LlmqLinear& linear, int64_t m) {
@@ -94,7 +92,9 @@ bool same_rows(const IsaKernels& isa, const LlmqLinear& a, const LlmqLinear& b) 
   if (!is_integer(a)) return true;
   const Layout of_a = layout_of(a), of_b = layout_of(b);
   if (a.activation != b.activation || of_a.block != of_b.block || of_a.blocks != of_b.blocks) return false;
-  if (a.activation != LLMQ_ACTIVATION_FLOAT && a.eps != b.eps) return false;
+  const bool is_static = a.activation == LLMQ_ACTIVATION_STATIC;
+  if (is_static && a.input_scale != b.input_scale) return false;
+  if (!is_static && a.activation != LLMQ_ACTIVATION_FLOAT && a.eps != b.eps) return false;
   const int64_t few_and_many[] = {1, LLMQ_MAX_K};
   for (const int64_t m : few_and_many) {
     const Codes codes_a = codes_of(isa, a, m), codes_b = codes_of(isa, b, m);

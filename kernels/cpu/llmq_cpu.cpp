@@ -74,7 +74,7 @@ const char* llmq_status_message(int32_t status) {
     case LLMQ_STATUS_ISA:
       return "this machine cannot run the instruction set that was asked for";
     case LLMQ_STATUS_EPS:
-      return "eps must be a positive, finite, normal float";
+      return "eps, or the scale of static activations, must be a positive, finite, normal float";
     case LLMQ_STATUS_THREADS:
       return "n_threads must be at least 1";
     case LLMQ_STATUS_FORMAT:

@@ -26,13 +26,13 @@ extern "C" {
 
 #define LLMQ_API __attribute__((visibility("default")))
 
-#define LLMQ_ABI_VERSION 2
+#define LLMQ_ABI_VERSION 3
 
 #define LLMQ_STATUS_OK 0
 #define LLMQ_STATUS_NULL 1    /* a pointer that must point at something is NULL */
 #define LLMQ_STATUS_SHAPE 2   /* m < 0, n < 1, k < 1, k > LLMQ_MAX_K, a row stride under k, or a group that fits not */
 #define LLMQ_STATUS_ISA 3     /* no such isa, or this machine cannot run it */
-#define LLMQ_STATUS_EPS 4     /* eps is not a normal positive finite float */
+#define LLMQ_STATUS_EPS 4     /* eps, or the input scale, is not a normal positive finite float */
 #define LLMQ_STATUS_THREADS 5 /* n_threads < 1 */
 #define LLMQ_STATUS_FORMAT 6  /* a number of the format is none, or numbers that do not go together */
 #define LLMQ_STATUS_MODEL 7   /* sizes of a model that cannot be, or a linear that has not the model's shape */
@@ -74,6 +74,7 @@ LLMQ_API int32_t llmq_isa_best(void);
  *                           significant bits that are above 2^-6 of the block's largest.
  *                               y = sum over blocks of  s * e * float(sum c * (q - z))          (z: below)
  *   LLMQ_ACTIVATION_INT8    one scale a row: xs = max(max |x| / 127, eps), c = clamp(rint(x * (1 / xs)), -127, 127)
+ *   LLMQ_ACTIVATION_STATIC  one scale for all rows, given: xs = input_scale, c as above; what is beyond it is clamped
  *   LLMQ_ACTIVATION_UINT8   one scale and zero point a row (asymmetric), as llmq's ActivationGrid(symmetric=False) has it,
  *                           c = code - zero point
  *                               y = xs * sum over blocks of  s * float(sum c * (q - z))
@@ -97,6 +98,7 @@ LLMQ_API int32_t llmq_isa_best(void);
 #define LLMQ_ACTIVATION_FLOAT 0
 #define LLMQ_ACTIVATION_INT8 1
 #define LLMQ_ACTIVATION_UINT8 2
+#define LLMQ_ACTIVATION_STATIC 3
 #define LLMQ_DTYPE_F32 0
 #define LLMQ_DTYPE_BF16 1
 
@@ -104,8 +106,8 @@ LLMQ_API int32_t llmq_isa_best(void);
 typedef struct LlmqLinear {
   int64_t n, k, group;
   int32_t weight, zero, scale, activation; /* LLMQ_WEIGHT_*, LLMQ_ZERO_*, LLMQ_SCALE_*, LLMQ_ACTIVATION_* */
-  float eps;                               /* least scale of int8 activations: a positive, finite, normal float */
-  int32_t reserved;                        /* 0 */
+  float eps;         /* least scale of a row of INT8 and UINT8 activations: a positive, finite, normal float */
+  float input_scale; /* the scale of STATIC activations: such a float, too */
   const uint8_t* packed;                   /* [packed_bytes], what llmq_linear_pack wrote; any address */
   const float* bias;                       /* [N] or NULL */
 } LlmqLinear;

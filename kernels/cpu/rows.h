@@ -92,6 +92,23 @@ struct RowMaker {
     return scale;
   }
 
+  // The same with a scale that is given, in one pass. It is returned, unless the row is not finite: that is seen as well.
+  template <class In, class Code>
+  static float quantize_row_static(const In* x, int64_t k, float scale, Code* q) {
+    const float inverse = 1.0f / scale;
+    int32_t most = 0;
+    for (int64_t i = 0; i < k; ++i) {
+      const int32_t magnitude = static_cast<int32_t>(bits_of(x[i]) & 0x7fffffffu);
+      most = magnitude > most ? magnitude : most;
+      const float rounded = round_even(float_of(bits_of(x[i])) * inverse);
+      const float low = rounded > -127.0f ? rounded : -127.0f;  // so that a NaN, too, becomes a number to convert
+      q[i] = static_cast<Code>(static_cast<int32_t>(low < 127.0f ? low : 127.0f));
+    }
+    if (finite_bits(most)) return scale;
+    memset(q, 0, static_cast<size_t>(k) * sizeof(Code));
+    return scale_of_nonfinite(most);
+  }
+
   // Asymmetric int8 codes in [-128, 127] of one row; the zero point lies on the grid, and so does 0.
   template <class In>
   static float quantize_row_asymmetric(const In* x, int64_t k, float eps, int8_t* q, int32_t* zero) {
@@ -201,10 +218,11 @@ struct RowMaker {
     }
     if (linear.activation == LLMQ_ACTIVATION_UINT8) {
       rows.scale[row] = quantize_row_asymmetric(x, k, linear.eps, bytes, rows.zero + row);
-    } else if (code_bytes == 2) {
-      rows.scale[row] = quantize_row(x, k, linear.eps, words);
+    } else if (linear.activation == LLMQ_ACTIVATION_STATIC) {
+      rows.scale[row] = code_bytes == 2 ? quantize_row_static(x, k, linear.input_scale, words)
+                                        : quantize_row_static(x, k, linear.input_scale, bytes);
     } else {
-      rows.scale[row] = quantize_row(x, k, linear.eps, bytes);
+      rows.scale[row] = code_bytes == 2 ? quantize_row(x, k, linear.eps, words) : quantize_row(x, k, linear.eps, bytes);
     }
     for (int64_t b = 0; b < layout.blocks; ++b) {
       const Block at = block_at(layout, b);

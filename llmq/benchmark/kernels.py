@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -274,7 +274,9 @@ def random_weight(case: Case, generator: torch.Generator) -> QuantizedWeight:
         zero_point = torch.randint(grid.qmin, grid.qmax + 1, entries, generator=generator, dtype=torch.uint8)
     elif grid.zero_point == "float":
         zero_point = (torch.randn(entries, generator=generator) * scale).to(torch_dtype(grid.scale_dtype))
-    return QuantizedWeight.from_codes(grid, codes, scale.to(torch_dtype(grid.scale_dtype)), zero_point)
+    weight = QuantizedWeight.from_codes(grid, codes, scale.to(torch_dtype(grid.scale_dtype)), zero_point)
+    # what calibration might find for normally distributed inputs
+    return replace(weight, input_scale=torch.full((1,), 4.0 / 127)) if case.format.has_input_scale else weight
 
 
 def _failures(contenders: Mapping[str, _Contender], x: Tensor, weight: QuantizedWeight, case: Case) -> dict[str, str]:

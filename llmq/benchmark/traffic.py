@@ -31,7 +31,7 @@ from llmq.errors import UsageError
 from llmq.model.config import LlamaConfig
 from llmq.model.kv_cache import KVCache
 from llmq.model.llama import Llama
-from llmq.numerics.grid import FloatGrid, LinearFormat
+from llmq.numerics.grid import LinearFormat
 from llmq.ops.tensor import QuantizedTensor
 
 HEAD = "lm_head"
@@ -214,9 +214,7 @@ def _seen(window: int | None, visible: int) -> int:
 
 def _format_bytes(fqn: str, n: int, k: int, form: LinearFormat) -> int:
     form.weight.check(n, k, fqn)
-    if isinstance(form.weight, FloatGrid):
-        return n * k * int(form.weight.bits_per_weight(k)) // 8
-    return n * round(form.weight.bits_per_weight(k) * k) // 8
+    return form.nbytes(n, k)
 
 
 def _bias_elements(config: LlamaConfig) -> int:

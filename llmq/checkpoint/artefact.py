@@ -16,10 +16,10 @@ from llmq.checkpoint.sniff import Folder
 from llmq.checkpoint.source import HEAD, Checkpoint, TensorInfo, TensorSource
 from llmq.errors import CheckpointError, ShapeError, UsageError
 from llmq.model.config import LlamaConfig
-from llmq.numerics.grid import FloatGrid, Grid, IntGrid, LinearFormat
-from llmq.numerics.weight import QuantizedWeight, torch_dtype
+from llmq.numerics.grid import FloatGrid, IntGrid, LinearFormat
+from llmq.numerics.weight import QuantizedWeight, check_input_scale, torch_dtype
 
-QDATA, SCALE, ZERO_POINT = ".qdata", ".scale", ".zero_point"
+QDATA, SCALE, ZERO_POINT, INPUT_SCALE = ".qdata", ".scale", ".zero_point", ".input_scale"
 
 
 def find_manifest(folder: Folder) -> Path | None:
@@ -57,19 +57,31 @@ def open_artefact(folder: Folder, manifest_file: Path) -> Checkpoint:
     return Checkpoint(folder.path, "llmq", config, tensors, [file.path for file in files], sources, manifest)
 
 
-def stored_names(parameter: str, grid: Grid | None) -> list[str]:
-    """Return the names under which a parameter is stored: one, or those of codes, scale and zero point."""
-    if not isinstance(grid, IntGrid):
+def stored_names(parameter: str, form: LinearFormat | None) -> list[str]:
+    """Return the names under which a parameter is stored: one, or those of `QuantizedWeight.tensors` in their order."""
+    if form is None or not isinstance(form.weight, IntGrid):
         return [parameter]
-    return [parameter + QDATA, parameter + SCALE, *([parameter + ZERO_POINT] if grid.zero_point != "none" else [])]
+    parts = [QDATA, SCALE]
+    if form.weight.zero_point != "none":
+        parts.append(ZERO_POINT)
+    if form.has_input_scale:
+        parts.append(INPUT_SCALE)
+    return [parameter + part for part in parts]
 
 
-def assemble(parameter: str, grid: IntGrid, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-    """Make a weight of its stored tensors; ShapeError and UsageError when they do not belong to the grid and the shape."""
+def assemble(parameter: str, form: LinearFormat, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    """Make a weight of its stored tensors; ShapeError and UsageError when they do not belong to the format and the shape."""
     n, k = shape
-    return QuantizedWeight(
-        grid, (n, k), tensors[parameter + QDATA], tensors[parameter + SCALE], tensors.get(parameter + ZERO_POINT)
+    weight = QuantizedWeight(
+        form.weight,
+        (n, k),
+        tensors[parameter + QDATA],
+        tensors[parameter + SCALE],
+        tensors.get(parameter + ZERO_POINT),
+        tensors.get(parameter + INPUT_SCALE),
     )
+    check_input_scale(form.activation, weight.input_scale)
+    return weight
 
 
 def formats_by_parameter(manifest: Manifest) -> dict[str, LinearFormat]:
@@ -89,7 +101,7 @@ def _check(
         raise CheckpointError(f"{manifest_file} gives a format to {unknown[0]}, which the model does not have; it is damaged.")
     for parameter, shape in shapes.items():
         form = formats.get(parameter)
-        names = stored_names(parameter, form.weight if form else None)
+        names = stored_names(parameter, form)
         for name in names:
             if name not in sources:
                 raise CheckpointError(f"tensor {name} is missing, though {manifest_file} describes it; copy the artefact whole.")
@@ -97,7 +109,7 @@ def _check(
         if form is not None and isinstance(form.weight, IntGrid):
             held = {name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device="meta") for name in names}
             try:
-                assemble(parameter, form.weight, shape, held)
+                assemble(parameter, form, shape, held)
             except (ShapeError, UsageError) as error:
                 file = tensors[names[0]].file
                 raise CheckpointError(f"tensor {parameter} in {file} is not what {manifest_file} describes: {error}") from error

@@ -151,7 +151,7 @@ def describe(checkpoint: Checkpoint) -> Description:
     parameters = []
     for name, shape in parameter_shapes(checkpoint.config).items():
         form = formats.get(name)
-        stored = [checkpoint.tensors[part] for part in stored_names(name, form.weight if form else None)]
+        stored = [checkpoint.tensors[part] for part in stored_names(name, form)]
         dtype = _dtype_name(stored[0].dtype)
         parameters.append(ParameterFacts(name, _kind(name), shape, dtype, sum(info.nbytes for info in stored), form))
     counts: dict[str, int] = {}

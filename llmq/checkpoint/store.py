@@ -128,12 +128,11 @@ def stored_parameter(name: str, value: Tensor, dtype: torch.dtype) -> tuple[dict
     Raises:
         UsageError: it is not quantized, and of another dtype than `dtype`, the model's.
     """
-    grid = value.format.weight if isinstance(value, QuantizedTensor) else None
+    form = value.format if isinstance(value, QuantizedTensor) else None
     stored = value.weight.tensors if isinstance(value, QuantizedTensor) else (value,)
-    if not isinstance(grid, IntGrid) and stored[0].dtype != dtype:
+    if not (form and isinstance(form.weight, IntGrid)) and stored[0].dtype != dtype:
         raise UsageError(f"{name} is {stored[0].dtype}, the model {dtype}; cast it to one dtype before saving it.")
-    form = value.format.to_json() if isinstance(value, QuantizedTensor) else None
-    return dict(zip(stored_names(name, grid), stored, strict=True)), form
+    return dict(zip(stored_names(name, form), stored, strict=True)), form.to_json() if form else None
 
 
 def _is_tied(parameters: Mapping[str, Tensor]) -> bool:

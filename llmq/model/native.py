@@ -269,10 +269,9 @@ def _bind_model(model: Llama) -> _Bound:
 def _linear(linear: nn.Linear, owners: list[object]) -> native_abi.LlmqLinear:
     weight = linear.weight
     assert isinstance(weight, QuantizedTensor)
-    (packed,) = weight.stored
     bias = None if linear.bias is None else linear.bias.detach().float().contiguous()
-    owners += [packed, bias]
-    return linear_struct(weight.spec.case, packed, bias)
+    owners += [weight.stored, bias]
+    return linear_struct(weight.spec.case, weight.stored, bias)
 
 
 def _floats(tensor: Tensor, owners: list[object]) -> int:

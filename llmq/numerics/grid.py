@@ -13,6 +13,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 ScaleDtype = Literal["float32", "bfloat16", "float16"]
 ZeroPointDomain = Literal["none", "int", "float"]
 _DTYPE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
+_INPUT_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +124,22 @@ def grid_from_json(data: dict[str, Any]) -> Grid:
 
 @dataclass(frozen=True, slots=True)
 class ActivationGrid:
-    """Dynamic int8 quantization of the activations, one scale (and integer zero point) a token, computed in fp32.
+    """Int8 quantization of the activations, in fp32.
 
-    symmetric: codes [-127, 127], scale = max(absmax / 127, eps); asymmetric: codes [-128, 127], zero point int.
+    Dynamic: one scale (and integer zero point) a token, found when the linear is called. symmetric: codes [-127, 127],
+    scale = max(absmax / 127, eps); asymmetric: codes [-128, 127], zero point int.
+
+    Static: one scale a linear, found by calibration and stored with its weight (`QuantizedWeight.input_scale`); symmetric, and
+    what lies beyond 127 scales is clamped. `eps` is not used.
     """
 
     symmetric: bool = True
     eps: float = 1e-5
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        if self.static and not self.symmetric:
+            raise UsageError("static activations have one scale and no zero point; use symmetric=True, got symmetric=False.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +148,20 @@ class LinearFormat:
 
     weight: Grid
     activation: ActivationGrid | None = None
+
+    def __post_init__(self) -> None:
+        if self.has_input_scale and isinstance(self.weight, FloatGrid):
+            raise UsageError(f"static int8 activations need a weight of integer codes, got {self.weight}.")
+
+    @property
+    def has_input_scale(self) -> bool:
+        """Whether the scale of the input is stored with the weight."""
+        return self.activation is not None and self.activation.static
+
+    def nbytes(self, n: int, k: int) -> int:
+        """Bytes of a weight [n, k] as it is stored, scales and zero points included; ShapeError when it does not fit."""
+        self.weight.check(n, k)
+        return n * round(self.weight.bits_per_weight(k) * k) // 8 + (_INPUT_SCALE_BYTES if self.has_input_scale else 0)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a manifest; `format_from_json` reads it."""

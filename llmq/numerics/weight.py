@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmq.errors import ShapeError, UsageError
 from llmq.numerics.affine import ZeroPointDomain, dequantize_affine
-from llmq.numerics.grid import FloatGrid, Grid, IntGrid
+from llmq.numerics.grid import ActivationGrid, FloatGrid, Grid, IntGrid
 from llmq.numerics.packing import pack_codes, unpack_codes
 
 
@@ -23,6 +23,8 @@ class QuantizedWeight:
         qdata: the codes in the canonical packing (`numerics.packing`); for a FloatGrid the weight itself, [N, K] of its dtype.
         scale: [N, groups] of the grid's scale dtype; None for a FloatGrid.
         zero_point: [N, groups]: uint8 codes ("int"), or numbers of the scale dtype ("float"); None for a grid without one.
+        input_scale: fp32 [1], the scale of the linear's int8 input where the format has static activations, else None. It is no
+            part of what the codes mean; it is here because it is stored, moved and laid out with them.
     """
 
     grid: Grid
@@ -30,15 +32,18 @@ class QuantizedWeight:
     qdata: Tensor
     scale: Tensor | None = None
     zero_point: Tensor | None = None
+    input_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, k = self.shape
         self.grid.check(n, k)
         if isinstance(self.grid, FloatGrid):
             _expect("weight", self.qdata, (n, k), torch_dtype(self.grid.dtype))
-            if self.scale is not None or self.zero_point is not None:
-                raise UsageError("a weight on a float grid has neither scale nor zero point.")
+            if self.scale is not None or self.zero_point is not None or self.input_scale is not None:
+                raise UsageError("a weight on a float grid has neither scale nor zero point, nor an input scale.")
             return
+        if self.input_scale is not None:
+            _expect("input scale", self.input_scale, (1,), torch.float32)
         grid = self.grid
         row = k if grid.bits == 8 else -(-k * grid.bits // 8)
         _expect("qdata", self.qdata, (n, row), torch.int8 if grid.bits == 8 and grid.symmetric else torch.uint8)
@@ -125,8 +130,9 @@ class QuantizedWeight:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Everything stored: qdata, then scale and zero point where the grid has them."""
-        return tuple(tensor for tensor in (self.qdata, self.scale, self.zero_point) if tensor is not None)
+        """Everything stored: qdata, then scale, zero point and input scale where there are some."""
+        parts = (self.qdata, self.scale, self.zero_point, self.input_scale)
+        return tuple(tensor for tensor in parts if tensor is not None)
 
     @property
     def nbytes(self) -> int:
@@ -142,13 +148,24 @@ class QuantizedWeight:
         """Return output rows `start` to `stop` as a weight that shares memory with this one."""
         scale = None if self.scale is None else self.scale[start:stop]
         zero_point = None if self.zero_point is None else self.zero_point[start:stop]
-        return QuantizedWeight(self.grid, (stop - start, self.shape[1]), self.qdata[start:stop], scale, zero_point)
+        shape = (stop - start, self.shape[1])
+        return QuantizedWeight(self.grid, shape, self.qdata[start:stop], scale, zero_point, self.input_scale)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """Return the weight on `device`."""
         scale = None if self.scale is None else self.scale.to(device)
         zero_point = None if self.zero_point is None else self.zero_point.to(device)
-        return QuantizedWeight(self.grid, self.shape, self.qdata.to(device), scale, zero_point)
+        input_scale = None if self.input_scale is None else self.input_scale.to(device)
+        return QuantizedWeight(self.grid, self.shape, self.qdata.to(device), scale, zero_point, input_scale)
+
+
+def check_input_scale(activation: ActivationGrid | None, input_scale: Tensor | None) -> None:
+    """Raise UsageError unless the scale of a linear's input is there exactly where its activations are static."""
+    static = activation is not None and activation.static
+    if static and input_scale is None:
+        raise UsageError("static activations need the input_scale of their linear, got none; calibrate it, or use dynamic ones.")
+    if input_scale is not None and not static:
+        raise UsageError("only static activations have an input_scale, got one for a format without them; leave it out.")
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -168,7 +168,7 @@ class AtenIntMm(CanonicalLayout):
     """`torch._int_mm`: exact int8 products, through oneDNN where the CPU has VNNI."""
 
     name = "aten-int-mm"
-    formats = "int8 weights, one scale a row; symmetric int8 activations"
+    formats = "int8 weights, one scale a row; symmetric int8 activations, dynamic or static"
     min_rows = 1
     max_rows: int | None = None
 
@@ -197,7 +197,7 @@ def int8_linear(x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None, cas
 
     Args:
         x: [M, K].
-        tensors: int8 codes [N, K] and scale [N, 1].
+        tensors: int8 codes [N, K], scale [N, 1] and, where activations are static, their scale [1].
         bias: [N] or None.
         case: gives the activation grid and the dtype of the result.
 
@@ -205,8 +205,8 @@ def int8_linear(x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None, cas
         [M, N] of `case.dtype`; a row with a NaN or an infinity is NaN.
     """
     assert case.format.activation is not None
-    weight, weight_scale = tensors
-    codes, scale = quantize_activation(x, case.format.activation)
+    weight, weight_scale, *static = tensors
+    codes, scale = quantize_activation(x, case.format.activation, *static)
     poison = (codes * 0).sum(dim=1, keepdim=True)  # NaN where a code is NaN, else 0: int8 could not carry it
     acc = torch._int_mm(torch.nan_to_num(codes).to(torch.int8), weight.T)
     return finish((acc.float() + poison) * scale * weight_scale.float().T, bias, case.dtype)

@@ -56,7 +56,7 @@ def exact_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, case: 
     if case.format.activation is None:
         activations = x.double()
     else:
-        codes, scale = quantize_activation(x, case.format.activation)
+        codes, scale = quantize_activation(x, case.format.activation, weight.input_scale)
         activations = codes.double() * scale.double()
     product = activations @ w.T
     y = product if bias is None else product + bias.double()

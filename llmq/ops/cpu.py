@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,17 +24,19 @@ _IDLE_EPS = 1.0
 """Where activations are not quantized nobody reads it."""
 
 
-def linear_struct(case: Case, packed: Tensor | None = None, bias: Tensor | None = None) -> native_abi.LlmqLinear:
+def linear_struct(case: Case, stored: tuple[Tensor, ...] = (), bias: Tensor | None = None) -> native_abi.LlmqLinear:
     """Return what the native library calls this linear.
 
     Args:
         case: one that a native kernel supports.
-        packed: its weight in the native layout; the caller keeps it alive.
+        stored: its weight in the native layout, what `NativeLinear.prepack` returned, which the caller keeps alive; none: no
+            address.
         bias: fp32 [N], contiguous, or None; the caller keeps it alive.
     """
-    addresses = (None if packed is None else packed.data_ptr(), None if bias is None else bias.data_ptr())
+    addresses = (stored[0].data_ptr() if stored else None, None if bias is None else bias.data_ptr())
     numbers, eps = _format(case)
-    return native_abi.LlmqLinear(*numbers, eps, 0, *addresses)
+    input_scale = stored[1].item() if len(stored) > 1 else 0.0
+    return native_abi.LlmqLinear(*numbers, eps, input_scale, *addresses)
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,16 @@ class NativeLinear:
         return computable(case)
 
     def prepack(self, weight: QuantizedWeight) -> tuple[Tensor, ...]:
-        """See `Kernel.prepack`: codes, scales and zero points in one tensor; scales as fp32 or bf16, which is exact."""
+        """See `Kernel.prepack`: codes, scales and zero points in one tensor; scales as fp32 or bf16, which is exact.
+
+        The scale of a static input is a second tensor.
+        """
         linear = _weight_struct(weight.grid, *weight.shape)
         if isinstance(weight.grid, FloatGrid):
             return (native.kernels().pack(weight.qdata, None, None, linear),)
         codes = nibble_codes(weight) if is_nibble(weight.grid) else weight.codes()
-        return (native.kernels().pack(codes, weight.scale, weight.zero_point, linear),)
+        packed = native.kernels().pack(codes, weight.scale, weight.zero_point, linear)
+        return (packed,) if weight.input_scale is None else (packed, weight.input_scale)
 
     def unpack(self, tensors: tuple[Tensor, ...], case: Case) -> QuantizedWeight:
         """See `Kernel.unpack`."""
@@ -109,12 +115,13 @@ class NativeLinear:
         if zero is not None:
             zero = zero.to(torch.uint8 if grid.zero_point == "int" else scale_dtype)
         make = from_nibbles if is_nibble(grid) else QuantizedWeight.from_codes
-        return make(grid, codes, scale.to(scale_dtype), zero)
+        weight = make(grid, codes, scale.to(scale_dtype), zero)
+        return replace(weight, input_scale=tensors[1]) if case.format.has_input_scale else weight
 
     def linear(self, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None, case: Case) -> Tensor:
         """See `Kernel.linear`."""
         numbers, eps = _format(case)
-        y: Tensor = _LINEAR(x, tensors[0], bias, numbers, eps)
+        y: Tensor = _LINEAR(x, tensors[0], bias, numbers, eps, *tensors[1:])
         return y
 
 
@@ -185,7 +192,7 @@ def _unfit_group(grid: IntGrid) -> str | None:
 
 
 def _unfit_eps(activation: ActivationGrid) -> str | None:
-    if torch.finfo(torch.float32).smallest_normal <= activation.eps < float("inf"):
+    if activation.static or torch.finfo(torch.float32).smallest_normal <= activation.eps < float("inf"):
         return None
     return f"it takes an eps that is a normal positive fp32 number, and this is {activation.eps}"
 
@@ -199,6 +206,7 @@ def _format(case: Case) -> tuple[native.Format, float]:
     kind = native_abi.ACTIVATION_FLOAT
     if activation is not None:
         kind = native_abi.ACTIVATION_INT8 if activation.symmetric else native_abi.ACTIVATION_UINT8
+        kind = native_abi.ACTIVATION_STATIC if activation.static else kind
     weight = native_abi.WEIGHT_INT8 if grid.bits == 8 else native_abi.WEIGHT_INT4
     scale = native_abi.SCALE_BF16 if grid.scale_dtype == "bfloat16" else native_abi.SCALE_F32
     numbers = (case.n, case.k, grid.group_size or case.k, weight, _ZEROS[grid.zero_point], scale, kind)
@@ -215,13 +223,13 @@ def _weight_struct(grid: Grid, n: int, k: int) -> native_abi.LlmqLinear:
 NATIVE_KERNELS = (
     NativeLinear(
         "native-int8-dynamic",
-        "int8 weights, symmetric; symmetric int8 activations a token",
+        "int8 weights, symmetric; symmetric int8 activations, a token or static",
         native_abi.WEIGHT_INT8,
         _int8_dynamic,
     ),
     NativeLinear(
         "native-int8-dynamic-int4",
-        "int4, int3 and int2 weights (all read as 4 bits) by group, no or integer zero points; int8 activations a token",
+        "int4, int3 and int2 weights (all read as 4 bits) by group, no or integer zero points; int8 activations",
         native_abi.WEIGHT_INT4,
         _int8_dynamic_int4,
     ),

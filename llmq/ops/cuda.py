@@ -113,7 +113,7 @@ class CudaIntMm(CanonicalLayout):
     """`torch._int_mm` on tensor cores; fewer than 17 rows are padded with zeros, which the product needs and nothing sees."""
 
     name = "cuda-int-mm"
-    formats = "int8 weights, one scale a row; symmetric int8 activations"
+    formats = "int8 weights, one scale a row; symmetric int8 activations, dynamic or static"
     min_rows = 1
     max_rows: int | None = None
 

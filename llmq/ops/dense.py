@@ -102,7 +102,7 @@ class DequantGemm(CanonicalLayout):
             return by_blocks(case, bias, lambda start, stop: x32 @ weight.rows(start, stop).dequantize().T)
         grid = weight.grid
         assert isinstance(grid, IntGrid)
-        codes, scale = quantize_activation(x, case.format.activation)
+        codes, scale = quantize_activation(x, case.format.activation, weight.input_scale)
         if grid.groups(case.k) > 1:
             return by_blocks(case, bias, lambda start, stop: (codes @ weight.rows(start, stop).dequantize().T) * scale)
         largest = largest_product(case)

@@ -7,7 +7,7 @@ before it, so that its OpenMP is torch's own copy.
 Operators, for CPU tensors, with fakes, usable in compiled and exported graphs:
 
     llmq::quantize_per_token(x [M, K], eps) -> (codes int8 [M, K], scale fp32 [M])
-    llmq::native_linear(x [M, K], packed, bias [N]?, format, eps) -> [M, N] of x's dtype
+    llmq::native_linear(x [M, K], packed, bias [N]?, format, eps, input_scale fp32 [1]?) -> [M, N] of x's dtype
 
 `format` is n, k, group, weight, zero, scale, activation: the numbers of the header's LlmqLinear.
 """
@@ -32,6 +32,9 @@ from llmq.ops.native_signatures import ABI_VERSION, SIGNATURES
 
 LARGEST_K = 131072
 """LLMQ_MAX_K of llmq_cpu.h."""
+
+_IDLE_SCALE = 1.0
+"""Where activations are not static nobody reads it; sizes do not depend on it."""
 
 Format = tuple[int, int, int, int, int, int, int]
 """n, k, group, weight, zero, scale, activation of an LlmqLinear."""
@@ -111,7 +114,9 @@ class Kernels:
             torch.get_num_threads(),
         )
 
-    def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, numbers: Format, eps: float) -> Tensor:
+    def linear(
+        self, x: Tensor, packed: Tensor, bias: Tensor | None, numbers: Format, eps: float, input_scale: Tensor | None = None
+    ) -> Tensor:
         """Multiply: x W^T + bias as the header defines it.
 
         Args:
@@ -120,6 +125,7 @@ class Kernels:
             bias: N elements of a floating dtype, or None; used as fp32.
             numbers: the format.
             eps: smallest scale of a row of quantized activations; a normal positive number.
+            input_scale: one fp32 number, the scale of static activations, also normal and positive; None for others.
 
         Returns:
             [M, N] of x's dtype.
@@ -135,7 +141,8 @@ class Kernels:
             raise KernelError(f"x must have K = {k} columns, got {list(x.shape)}.")
         self._check_packed(packed, numbers, eps)
         offset = None if bias is None else _vector("bias", bias, n)
-        linear = LlmqLinear(*numbers, eps, 0, packed.data_ptr(), None if offset is None else offset.data_ptr())
+        step = _IDLE_SCALE if input_scale is None else input_scale.item()
+        linear = LlmqLinear(*numbers, eps, step, packed.data_ptr(), None if offset is None else offset.data_ptr())
         workspace = torch.empty(_size(self, "llmq_linear_workspace_bytes", numbers, eps, m), dtype=torch.uint8)
         y = torch.empty(m, n, dtype=x.dtype)
         self.call(
@@ -277,7 +284,7 @@ def _library_path() -> Path | None:
 def _size(table: Kernels, symbol: str, numbers: Format, eps: float, *arguments: int) -> int:
     """Ask the library for a size; the answers are kept because asking takes longer than a small linear."""
     size = ctypes.c_int64()
-    linear = LlmqLinear(*numbers, eps)
+    linear = LlmqLinear(*numbers, eps, _IDLE_SCALE)
     table.call(symbol, ctypes.byref(linear), *arguments, ctypes.byref(size))
     return size.value
 
@@ -321,8 +328,15 @@ def _quantize_per_token_fake(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:  #
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def _native_linear(x: Tensor, packed: Tensor, bias: Tensor | None, numbers: Sequence[int], eps: float) -> Tensor:
-    return kernels().linear(x, packed, bias, _numbers(numbers), eps)
+def _native_linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    numbers: Sequence[int],
+    eps: float,
+    input_scale: Tensor | None = None,
+) -> Tensor:
+    return kernels().linear(x, packed, bias, _numbers(numbers), eps, input_scale)
 
 
 def _native_linear_fake(
@@ -331,6 +345,7 @@ def _native_linear_fake(
     bias: Tensor | None,  # noqa: ARG001
     numbers: Sequence[int],
     eps: float,  # noqa: ARG001
+    input_scale: Tensor | None = None,  # noqa: ARG001
 ) -> Tensor:
     return x.new_empty(x.shape[0], numbers[0])
 
@@ -338,7 +353,7 @@ def _native_linear_fake(
 _LIBRARY = torch.library.Library("llmq", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("quantize_per_token(Tensor x, float eps) -> (Tensor, Tensor)")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "native_linear(Tensor x, Tensor packed, Tensor? bias, int[] format, float eps) -> Tensor"
+    "native_linear(Tensor x, Tensor packed, Tensor? bias, int[] format, float eps, Tensor? input_scale=None) -> Tensor"
 )
 _LIBRARY.impl("quantize_per_token", _quantize_per_token, "CPU")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("native_linear", _native_linear, "CPU")  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ ZERO_NONE, ZERO_INT, ZERO_FLOAT = 0, 1, 2
 """LLMQ_ZERO_*."""
 SCALE_NONE, SCALE_F32, SCALE_BF16 = 0, 1, 2
 """LLMQ_SCALE_*."""
-ACTIVATION_FLOAT, ACTIVATION_INT8, ACTIVATION_UINT8 = 0, 1, 2
+ACTIVATION_FLOAT, ACTIVATION_INT8, ACTIVATION_UINT8, ACTIVATION_STATIC = 0, 1, 2, 3
 """LLMQ_ACTIVATION_*."""
 DTYPE_F32, DTYPE_BF16 = 0, 1
 """LLMQ_DTYPE_*."""
@@ -32,7 +32,7 @@ class LlmqLinear(ctypes.Structure):
         ("scale", ctypes.c_int32),
         ("activation", ctypes.c_int32),
         ("eps", ctypes.c_float),
-        ("reserved", ctypes.c_int32),
+        ("input_scale", ctypes.c_float),
         ("packed", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
     )

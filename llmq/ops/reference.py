@@ -8,7 +8,7 @@ from torch import Tensor
 from llmq.errors import KernelError
 from llmq.numerics.affine import MappingType, ZeroPointDomain, choose_qparams_affine, quantize_affine
 from llmq.numerics.grid import ActivationGrid, IntGrid
-from llmq.numerics.weight import QuantizedWeight
+from llmq.numerics.weight import QuantizedWeight, check_input_scale
 from llmq.ops.schema import SUPPORTED, CanonicalLayout, Case, Support, unsupported
 
 FP32_EXACT = 1 << 24
@@ -39,7 +39,7 @@ class Reference(CanonicalLayout):
         if case.format.activation is None:
             y = x.float() @ weight.dequantize().T
         else:
-            codes, scale = quantize_activation(x, case.format.activation)
+            codes, scale = quantize_activation(x, case.format.activation, weight.input_scale)
             y = grouped_integer_product(codes, weight, case.format.activation) * scale
         return finish(y, bias, case.dtype)
 
@@ -62,21 +62,39 @@ def computable(case: Case) -> Support:
     return SUPPORTED
 
 
-def quantize_activation(x: Tensor, grid: ActivationGrid) -> tuple[Tensor, Tensor]:
-    """Quantize the rows of x to int8, one scale a row, in fp32.
+def quantize_activation(x: Tensor, grid: ActivationGrid, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize the rows of x to int8, in fp32.
 
     Args:
         x: [M, K], floating point.
         grid: symmetric: codes [-127, 127], scale = max(absmax / 127, eps); asymmetric: codes [-128, 127] and a zero point.
+        input_scale: fp32 [1], the scale of all rows: exactly where the grid is static.
 
     Returns:
         codes minus zero point, fp32 [M, K] holding integers (a row with a NaN or an infinity holds NaN), and scale, fp32 [M, 1].
+
+    Raises:
+        UsageError: when there is no `input_scale` and the grid is static, or the other way round.
     """
+    check_input_scale(grid, input_scale)
     x = x.float()
     block = (1, x.shape[1])
     low = -127 if grid.symmetric else -128
     if x.shape[0] == 0:
         return x, x.new_ones(0, 1)
+    if input_scale is not None:
+        scale = input_scale.reshape(1, 1).expand(x.shape[0], 1)
+        codes = quantize_affine(
+            x,
+            block,
+            scale,
+            None,
+            output_dtype=torch.float32,
+            quant_min=low,
+            quant_max=127,
+            zero_point_domain=ZeroPointDomain.NONE,
+        )
+        return codes + x * 0, scale  # what is not finite would be clamped, and hidden
     mapping, domain = (
         (MappingType.SYMMETRIC, ZeroPointDomain.NONE) if grid.symmetric else (MappingType.ASYMMETRIC, ZeroPointDomain.INT)
     )

@@ -8,6 +8,7 @@ Every kernel computes the same thing, up to the rounding of fp32 sums (`referenc
 
     weight-only          y = sum_k x * w                              summed in fp32, rounded once to x's dtype
     int8 activations     y = sum_g ws[n, g] * xs[m] * sum_k (xq - xz) * (wq - wz)      inner sums exact integers
+                         (static: xs is the weight's input_scale for all rows, and xz 0)
 
 plus the bias, added in fp32 before the rounding.
 """
@@ -20,7 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmq.numerics.grid import LinearFormat
+from llmq.errors import UsageError
+from llmq.numerics.grid import IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight
 
 CANONICAL = "canonical"
@@ -93,7 +95,7 @@ class Kernel(Protocol):
         ...
 
     def prepack(self, weight: QuantizedWeight) -> tuple[Tensor, ...]:
-        """Return the weight's tensors in the kernel's layout (one to three of them)."""
+        """Return the weight's tensors in the kernel's layout (one to four of them)."""
         ...
 
     def unpack(self, tensors: tuple[Tensor, ...], case: Case) -> QuantizedWeight:
@@ -116,10 +118,22 @@ class Kernel(Protocol):
 
 
 def canonical_weight(tensors: tuple[Tensor, ...], case: Case) -> QuantizedWeight:
-    """Inverse of `QuantizedWeight.tensors`: what `unpack` is for kernels that read the canonical layout."""
-    scale = tensors[1] if len(tensors) > 1 else None
-    zero_point = tensors[2] if len(tensors) > 2 else None
-    return QuantizedWeight(case.format.weight, (case.n, case.k), tensors[0], scale, zero_point)
+    """Inverse of `QuantizedWeight.tensors`: what `unpack` is for kernels that read the canonical layout.
+
+    Raises:
+        UsageError: when there are not as many tensors as the format has, or one is of another dtype.
+        ShapeError: when one is of another shape.
+    """
+    form = case.format
+    integer = isinstance(form.weight, IntGrid)
+    zero = isinstance(form.weight, IntGrid) and form.weight.zero_point != "none"
+    present = [True, integer, zero, form.has_input_scale]
+    if len(tensors) != sum(present):
+        raise UsageError(f"a weight of {form} is stored as {sum(present)} tensors, got {len(tensors)}.")
+    left = iter(tensors)
+    qdata, scale, zero_point, input_scale = (next(left) if there else None for there in present)
+    assert qdata is not None
+    return QuantizedWeight(form.weight, (case.n, case.k), qdata, scale, zero_point, input_scale)
 
 
 class CanonicalLayout:

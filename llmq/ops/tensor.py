@@ -24,13 +24,13 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from llmq.errors import ShapeError, UsageError
 from llmq.numerics.grid import LinearFormat, format_from_json
-from llmq.numerics.weight import QuantizedWeight
+from llmq.numerics.weight import QuantizedWeight, check_input_scale
 from llmq.ops.schema import CANONICAL, Case, Kernel, canonical_weight
 from llmq.ops.table import REFERENCE, describe_rows, kernel_named, row_ranges
 from llmq.ops.usage import current_usage
 
 _REAL = (Tensor, torch.nn.Parameter)
-_PARTS = ("part0", "part1", "part2")
+_PARTS = ("part0", "part1", "part2", "part3")
 
 _LIBRARY = torch.library.Library("llmq", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")  # type: ignore[no-untyped-call]
@@ -83,10 +83,16 @@ class QuantizedTensor(Tensor):
             dtype: dtype of the activations and of the result.
 
         Raises:
-            UsageError: when the weight is on another grid than the format's.
+            UsageError: when the weight is on another grid than the format's, or has an input scale where the format has none, or
+                the other way round, or one that is no normal positive number.
         """
         if weight.grid != format.weight:
             raise UsageError(f"the weight is on {weight.grid}, and the format asks for {format.weight}.")
+        check_input_scale(format.activation, weight.input_scale)
+        if weight.input_scale is not None and not weight.input_scale.is_meta:
+            step = float(weight.input_scale)
+            if not torch.finfo(torch.float32).smallest_normal <= step < float("inf"):
+                raise UsageError(f"the scale of an input is a normal positive fp32 number, got {step}; calibrate it again.")
         case = Case(format, *weight.shape, dtype, weight.qdata.device.type)
         return cls(weight.tensors, Spec(case, CANONICAL, (REFERENCE,)))
 

@@ -103,14 +103,15 @@ def _stored_bytes(now: Tensor, form: LinearFormat | None, dtype: torch.dtype) ->
     if form is None:
         return now.numel() * dtype.itemsize
     n, k = now.shape
-    return round(n * k * form.weight.bits_per_weight(k) / 8)
+    return form.nbytes(n, k)
 
 
 def describe_format(form: LinearFormat) -> str:
     """Return a format in a few words, such as 'int4 g128 float zero' or 'bfloat16'."""
     words = [_describe_grid(form.weight)]
     if form.activation is not None:
-        words.append(f"int8 {'symmetric' if form.activation.symmetric else 'asymmetric'} activations")
+        kind = "static" if form.activation.static else "symmetric" if form.activation.symmetric else "asymmetric"
+        words.append(f"int8 {kind} activations")
     return ", ".join(words)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from llmq.ops.check import Exact, exact_linear
 from llmq.ops.native_abi import (
     ACTIVATION_FLOAT,
     ACTIVATION_INT8,
+    ACTIVATION_STATIC,
     ACTIVATION_UINT8,
     SCALE_BF16,
     SCALE_F32,
@@ -27,6 +28,8 @@ from llmq.ops.native_abi import (
 from llmq.ops.schema import Case
 
 EPS = 1e-5
+INPUT_SCALE = 0.0073
+"""Of static activations: what is beyond 0.927 is clamped."""
 BLOCK = 256
 LARGEST_CODE = 32639
 KINDS = {
@@ -39,6 +42,9 @@ KINDS = {
     "int4 - int x int8": (WEIGHT_INT4, ZERO_INT, ACTIVATION_INT8),
     "int4 x uint8": (WEIGHT_INT4, ZERO_NONE, ACTIVATION_UINT8),
     "int4 - int x uint8": (WEIGHT_INT4, ZERO_INT, ACTIVATION_UINT8),
+    "int8 x static": (WEIGHT_INT8, ZERO_NONE, ACTIVATION_STATIC),
+    "int4 x static": (WEIGHT_INT4, ZERO_NONE, ACTIVATION_STATIC),
+    "int4 - int x static": (WEIGHT_INT4, ZERO_INT, ACTIVATION_STATIC),
 }
 """Every kind of linear with integer weights: weight, zero point, activation."""
 
@@ -62,7 +68,12 @@ class Linear:
     @property
     def struct(self) -> LlmqLinear:
         """What the library calls it."""
-        return LlmqLinear(*self.numbers, EPS)
+        return LlmqLinear(*self.numbers, EPS, INPUT_SCALE)
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        """The scale of its input, where that is part of the linear."""
+        return torch.tensor([INPUT_SCALE]) if self.numbers[-1] == ACTIVATION_STATIC else None
 
     def pack(self, kernels: native.Kernels) -> Tensor:
         """Lay it out for an instruction set."""
@@ -70,7 +81,11 @@ class Linear:
 
     def times(self, kernels: native.Kernels, x: Tensor, *, bias: bool = False) -> Tensor:
         """Multiply natively."""
-        return kernels.linear(x, self.pack(kernels), self.bias if bias else None, self.numbers, EPS)
+        return self.multiply(kernels, x, self.pack(kernels), self.bias if bias else None)
+
+    def multiply(self, kernels: native.Kernels, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with a weight that is packed."""
+        return kernels.linear(x, packed, bias, self.numbers, EPS, self.input_scale)
 
 
 def make_linear(kind: str, n: int, k: int, group: int, scale: int = SCALE_BF16) -> Linear:
@@ -166,6 +181,12 @@ def row_codes(x: Tensor, activation: int) -> tuple[Tensor, Tensor]:
     """8-bit codes minus zero point, fp64 [M, K], and scales, fp32 [M, 1]; all of it in fp32, as the header has it."""
     x = x.float()
     zero: Tensor | float = 0.0
+    if activation == ACTIVATION_STATIC:
+        finite = x.isfinite().all(dim=1, keepdim=True)
+        step = torch.tensor(INPUT_SCALE)
+        return torch.where(finite, torch.clamp(torch.round(x * (1 / step)), -127, 127), 0.0).double(), torch.where(
+            finite, step, torch.nan
+        )
     if activation == ACTIVATION_INT8:
         low, scale = -127, x.abs().amax(dim=1, keepdim=True) / 127
     else:
@@ -206,7 +227,11 @@ def by_definition(x: Tensor, linear: Linear, *, bias: bool = False) -> Tensor:
 def canonical(linear: Linear) -> tuple[LinearFormat, QuantizedWeight]:
     """What llmq calls the linear: its format and its weight."""
     _, k, group, weight, zero, scale, activation = linear.numbers
-    grids = {ACTIVATION_INT8: ActivationGrid(symmetric=True, eps=EPS), ACTIVATION_UINT8: ActivationGrid(symmetric=False, eps=EPS)}
+    grids = {
+        ACTIVATION_INT8: ActivationGrid(symmetric=True, eps=EPS),
+        ACTIVATION_UINT8: ActivationGrid(symmetric=False, eps=EPS),
+        ACTIVATION_STATIC: ActivationGrid(static=True),
+    }
     if weight not in {WEIGHT_INT8, WEIGHT_INT4}:
         stored = QuantizedWeight.from_float(linear.codes)
         assert isinstance(stored.grid, FloatGrid)
@@ -227,7 +252,8 @@ def canonical(linear: Linear) -> tuple[LinearFormat, QuantizedWeight]:
     if zeros is not None:
         zeros = zeros.to(torch.uint8 if zero == ZERO_INT else getattr(torch, scale_dtype))
     numbers = linear.scale.to(getattr(torch, scale_dtype))
-    return LinearFormat(grid, grids.get(activation)), QuantizedWeight.from_codes(grid, codes, numbers, zeros)
+    stored = QuantizedWeight.from_codes(grid, codes, numbers, zeros)
+    return LinearFormat(grid, grids.get(activation)), replace(stored, input_scale=linear.input_scale)
 
 
 def exact(x: Tensor, linear: Linear, *, bias: bool = False) -> Exact:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from native_cases import EPS, KINDS, Linear, canonical, make_float_linear, make_linear, make_x
+from native_cases import EPS, INPUT_SCALE, KINDS, Linear, canonical, make_float_linear, make_linear, make_x
 
 from llmq.numerics.grid import ActivationGrid, FloatGrid, IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight
@@ -25,6 +25,10 @@ def case_of(linear: Linear, dtype: torch.dtype = BF16) -> Case:
     return Case(canonical(linear)[0], *linear.numbers[:2], dtype, "cpu")
 
 
+def f32(number: float) -> float:
+    return torch.tensor(number).item()
+
+
 def supporting(case: Case) -> list[str]:
     return [kernel.name for kernel in NATIVE_KERNELS if kernel.supports(case).ok]
 
@@ -38,7 +42,7 @@ def fast_isa() -> None:
 
 @pytest.mark.usefixtures("fast_isa")
 def test_every_kind_has_its_kernel_and_comes_back_from_it():
-    names = {"int8": "native-int8", "int8 x int8": "native-int8-dynamic"}
+    names = {"int8": "native-int8", "int8 x int8": "native-int8-dynamic", "int8 x static": "native-int8-dynamic"}
     for kind in KINDS:
         expected = names.get(kind, "native-int8-dynamic-int4" if " x " in kind else "native-int4")
         for scale in (SCALE_BF16, SCALE_F32):
@@ -46,11 +50,14 @@ def test_every_kind_has_its_kernel_and_comes_back_from_it():
             case = case_of(linear)
             assert supporting(case) == [expected], kind
             kernel, weight = kernel_named(expected), canonical(linear)[1]
-            (packed,) = kernel.prepack(weight)
-            assert torch.equal(packed, linear.pack(native.kernels()))
-            back = kernel.unpack((packed,), case)
+            stored = kernel.prepack(weight)
+            assert torch.equal(stored[0], linear.pack(native.kernels()))
+            assert [tensor.tolist() for tensor in stored[1:]] == ([[f32(INPUT_SCALE)]] if "static" in kind else [])
+            back = kernel.unpack(stored, case)
             assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(weight.tensors, back.tensors, strict=True))
-            assert native.format_numbers(linear_struct(case)) == linear.numbers
+            struct = linear_struct(case, stored)
+            assert native.format_numbers(struct) == linear.numbers
+            assert struct.input_scale == (f32(INPUT_SCALE) if "static" in kind else 0)
     assert supporting(case_of(make_float_linear(BF16, 5, 9))) == ["native-bf16"]
     assert supporting(case_of(make_float_linear(F32, 5, 9), F32)) == ["native-fp32"]
 

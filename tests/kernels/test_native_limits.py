@@ -146,12 +146,14 @@ WRONG_FORMATS = [
     ({"scale": 0}, FORMAT),
     ({"scale": 3}, FORMAT),
     ({"activation": -1}, FORMAT),
-    ({"activation": 3}, FORMAT),
+    ({"activation": 4}, FORMAT),
     ({"weight": 1, "zero": 1}, FORMAT),  # int8 weights have no zero points
     ({"weight": 1, "activation": 2}, FORMAT),
     ({**FLOATS, "scale": 1}, FORMAT),
     ({**FLOATS, "zero": 1}, FORMAT),
     ({**FLOATS, "activation": 1}, FORMAT),
+    ({"zero": 2, "activation": 3}, FORMAT),
+    *(({"activation": 3, "input_scale": scale}, WRONG_EPS) for scale in (0.0, -1.0, 1e-40, float("inf"), float("nan"))),
     ({"eps": 0.0}, WRONG_EPS),
     ({"eps": -1.0}, WRONG_EPS),
     ({"eps": 1e-40}, WRONG_EPS),
@@ -169,6 +171,7 @@ def test_refuses_formats_that_are_none():
         assert raw.pack(**changes) == raw.pack(back=True, **changes) == status, changes
         assert raw.sizes(**changes) == {status}, changes
     assert raw.linear(activation=0, eps=float("nan")) == 0  # nobody reads it
+    assert raw.linear(activation=3, input_scale=1.0, eps=0.0) == 0
     assert raw.linear(group=64) == raw.linear(k=60, group=60) == 0  # one group a row may have any length
 
 
@@ -235,7 +238,7 @@ def test_each_status_has_its_sentence():
         NULL: "NULL",
         SHAPE: "1 <= k <= 131072",
         ISA: "instruction set",
-        WRONG_EPS: "eps must be",
+        WRONG_EPS: "eps, or the scale",
         THREADS: "n_threads",
     }
     message = native.kernels().library.llmq_status_message
@@ -257,7 +260,8 @@ def test_python_refuses_what_does_not_belong_together(kernels):
         ((x, torch.stack([packed] * 2, 1)[:, 0], bias, numbers, EPS), "contiguous bytes"),
         ((x, packed, bias[:-1], numbers, EPS), "bias must be 20 floats"),
         ((x, packed, bias.int(), numbers, EPS), "bias must be 20 floats"),
-        ((x, packed, bias, numbers, 0.0), "eps must be a positive, finite, normal float"),
+        ((x, packed, bias, numbers, 0.0), "eps, or the scale of static activations, must be a positive, finite, normal float"),
+        ((x, packed, bias, (*numbers[:6], 3), 0.0, torch.zeros(1)), "the scale of static activations, must be a positive"),
         ((x, packed, bias, (*numbers[:2], 48, *numbers[3:]), EPS), "groups that divide k and are multiples of 8"),
         ((x, packed, bias, (*numbers[:6], 9), EPS), "activation or dtype is no number of this library"),
     ):
@@ -274,7 +278,8 @@ def test_python_refuses_what_does_not_belong_together(kernels):
 def test_operators_pass_opcheck():
     x = make_x(3, 64, F32)
     torch.library.opcheck(torch.ops.llmq.quantize_per_token.default, (x, EPS))
-    linear = make_linear("int4 - int x uint8", 20, 64, 32)
-    for dtype, bias in ((BF16, linear.bias), (torch.float16, None)):
-        arguments = (x.clamp(-9, 9).to(dtype), linear.pack(native.kernels()), bias, linear.numbers, EPS)
+    for kind, dtype in (("int4 - int x uint8", BF16), ("int4 - int x uint8", torch.float16), ("int8 x static", BF16)):
+        linear = make_linear(kind, 20, 64, 32)
+        bias = linear.bias if dtype == BF16 else None
+        arguments = (x.clamp(-9, 9).to(dtype), linear.pack(native.kernels()), bias, linear.numbers, EPS, linear.input_scale)
         torch.library.opcheck(torch.ops.llmq.native_linear.default, arguments)

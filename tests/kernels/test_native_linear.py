@@ -210,7 +210,7 @@ def test_a_row_that_is_not_finite_is_nan_and_spoils_no_other(kernels, kind, bad)
     assert torch.equal(bits(y[others]), bits(clean[others]))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int8 x int8", "int4 + float", "int4 - int x uint8", "bf16", "fp32"])
+@pytest.mark.parametrize("kind", ["int8", "int8 x int8", "int8 x static", "int4 + float", "int4 - int x uint8", "bf16", "fp32"])
 def test_any_strides_and_addresses(kernels, kind):
     linear = (
         make_float_linear(getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[kind]), 20, 40)
@@ -224,7 +224,7 @@ def test_any_strides_and_addresses(kernels, kind):
     packed = linear.pack(kernels)
     for dtype in (F32, BF16, torch.float16):
         x = make_x(6, 40, dtype)
-        expected = kernels.linear(x, packed, linear.bias, linear.numbers, EPS)
+        expected = linear.multiply(kernels, x, packed, linear.bias)
         wide = torch.full((6, 100), float("nan"), dtype=dtype)
         wide[:, 13:53] = x
         interleaved = torch.full((6, 80), float("nan"), dtype=dtype)
@@ -233,10 +233,10 @@ def test_any_strides_and_addresses(kernels, kind):
         moved = torch.cat([packed.new_zeros(3), packed])[3:]
         ways = {"rows apart": wide[:, 13:53], "columns apart": interleaved[:, ::2], "transposed": x.T.contiguous().T}
         for way, view in {**ways, "one element off": shifted}.items():
-            y = kernels.linear(view, moved, torch.stack([linear.bias] * 2, 1)[:, 0], linear.numbers, EPS)
+            y = linear.multiply(kernels, view, moved, torch.stack([linear.bias] * 2, 1)[:, 0])
             assert y.dtype == dtype
             assert torch.equal(bits(y), bits(expected)), way
-        repeated = kernels.linear(x[2:3].expand(6, 40), packed, linear.bias, linear.numbers, EPS)
+        repeated = linear.multiply(kernels, x[2:3].expand(6, 40), packed, linear.bias)
         assert torch.equal(bits(repeated), bits(expected[2:3].expand(6, 20)))
 
 
@@ -253,7 +253,7 @@ def test_neither_threads_nor_neighbours_change_a_bit(kernels, kind, threads):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     packed, together = results[0]
     for rows in (slice(0, 1), slice(5, 7), slice(40, 47), slice(50, 99)):
-        alone = kernels.linear(x[rows], packed, linear.bias, linear.numbers, EPS)
+        alone = linear.multiply(kernels, x[rows], packed, linear.bias)
         assert torch.equal(bits(alone), together[rows])
 
 
@@ -287,3 +287,15 @@ def test_codes_of_a_row_that_is_not_finite_are_zero(kernels):
     assert not codes.any()
     assert scale[0].isnan()
     assert scale[1] == float("inf")
+
+
+def test_static_activations_have_one_scale_whatever_the_row_holds(kernels):
+    """By hand: codes are x / scale to the nearest, ties to even, clamped at 127; nothing of the row changes the step."""
+    linear = make_linear("int8 x static", 1, 8, 8, SCALE_F32)
+    linear.codes[:], linear.scale[:] = torch.tensor([1, 0, 0, 0, 0, 0, 0, 2]), 0.5
+    step = linear.input_scale.item()
+    for x, code in ((0.0, 0), (0.49, 0), (0.51, 1), (-7.49, -7), (126.6, 127), (127.4, 127), (400, 127), (-1e30, -127)):
+        for other, beside in ((0.0, 0), (3.0, 3), (-1e4, -127)):
+            row = torch.tensor([[x * step, 0, 0, 0, 0, 0, 0, other * step]])
+            y = linear.times(kernels, row).item()
+            assert y == torch.tensor((code + 2 * beside) * 0.5) * torch.tensor(step), (x, other)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llmq.errors import ShapeError, UsageError
-from llmq.numerics.grid import FloatGrid, IntGrid
+from llmq.numerics.grid import ActivationGrid, FloatGrid, IntGrid, LinearFormat, format_from_json
 from llmq.numerics.weight import QuantizedWeight, torch_dtype
 
 GRIDS = [
@@ -51,6 +53,35 @@ def test_means_what_the_grid_says_and_takes_the_bytes_it_says(grid):
     assert weight.bits_per_weight == pytest.approx(grid.bits_per_weight(k))
     assert torch.equal(weight.dequantize(torch.bfloat16), weight.dequantize().to(torch.bfloat16))
     assert torch.equal(weight.rows(1, 4).dequantize(), weight.dequantize()[1:4])
+
+
+def test_an_input_scale_is_stored_and_goes_along():
+    plain = random_weight(IntGrid(8, 8))
+    weight = replace(plain, input_scale=torch.tensor([0.25]))
+    assert weight.tensors == (*plain.tensors, weight.input_scale)
+    assert weight.nbytes == plain.nbytes + 4
+    assert torch.equal(weight.dequantize(), plain.dequantize())
+    assert weight.rows(1, 3).input_scale is weight.input_scale
+    assert weight.to("meta").input_scale.is_meta
+    form = LinearFormat(plain.grid, ActivationGrid(static=True))
+    assert form.nbytes(*weight.shape) == weight.nbytes
+    assert LinearFormat(plain.grid, ActivationGrid()).nbytes(*weight.shape) == plain.nbytes
+    assert format_from_json(form.to_json()) == form
+    assert format_from_json({**form.to_json(), "activation": {"symmetric": True, "eps": 1e-5}}).activation == ActivationGrid()
+
+
+def test_input_scales_that_cannot_be():
+    plain = random_weight(IntGrid(8, 8))
+    with pytest.raises(ShapeError, match=r"input scale must have shape \[1\], got \[\]"):
+        replace(plain, input_scale=torch.tensor(0.25))
+    with pytest.raises(UsageError, match=r"input scale must be torch.float32, got torch.bfloat16"):
+        replace(plain, input_scale=torch.ones(1, dtype=torch.bfloat16))
+    with pytest.raises(UsageError, match="nor an input scale"):
+        replace(QuantizedWeight.from_float(torch.zeros(2, 2)), input_scale=torch.ones(1))
+    with pytest.raises(UsageError, match="no zero point; use symmetric=True"):
+        ActivationGrid(symmetric=False, static=True)
+    with pytest.raises(UsageError, match="need a weight of integer codes"):
+        LinearFormat(FloatGrid("bfloat16"), ActivationGrid(static=True))
 
 
 def test_a_float_grid_keeps_the_weight():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from llmq.ops.schema import Case
 from llmq.ops.tensor import QuantizedTensor
 
 INT8, INT8_ASYMMETRIC = ActivationGrid(symmetric=True), ActivationGrid(symmetric=False)
+INT8_STATIC = ActivationGrid(static=True)
 FORMATS = {
     "int8-weight-only": LinearFormat(IntGrid(8, scale_dtype="bfloat16")),
     "int8-weight-only-fp32-scale": LinearFormat(IntGrid(8)),
@@ -29,6 +32,8 @@ FORMATS = {
     "int8-dynamic-asymmetric-weight": LinearFormat(IntGrid(8, symmetric=False, zero_point="int"), INT8_ASYMMETRIC),
     "int8-dynamic-int4": LinearFormat(IntGrid(4, 32, scale_dtype="bfloat16"), INT8_ASYMMETRIC),
     "int8-dynamic-int3": LinearFormat(IntGrid(3, 32, scale_dtype="bfloat16"), INT8),
+    "int8-static": LinearFormat(IntGrid(8), INT8_STATIC),
+    "int4-static": LinearFormat(IntGrid(4, 64, symmetric=False, zero_point="int"), INT8_STATIC),
     "bf16": LinearFormat(FloatGrid("bfloat16")),
     "fp16": LinearFormat(FloatGrid("float16")),
     "fp32": LinearFormat(FloatGrid("float32")),
@@ -58,7 +63,8 @@ def make_weight(format_: LinearFormat, n: int, k: int, seed: int = 0) -> Quantiz
         zero = torch.randint(0, grid.qmax + 1, scale.shape, generator=generator).to(torch.uint8)
     elif grid.zero_point == "float":
         zero = torch.randn(scale.shape, generator=generator).to(scale.dtype)
-    return QuantizedWeight.from_codes(grid, codes.to(torch.int8 if grid.symmetric else torch.uint8), scale, zero)
+    weight = QuantizedWeight.from_codes(grid, codes.to(torch.int8 if grid.symmetric else torch.uint8), scale, zero)
+    return replace(weight, input_scale=torch.tensor([0.021])) if format_.has_input_scale else weight  # clamps from 2.67 on
 
 
 def make_x(m: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:

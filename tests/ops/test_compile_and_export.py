@@ -14,7 +14,7 @@ from llmq.ops.aten import AtenInt4PackCpu, AtenInt8Pack
 from llmq.ops.select import prepare, record_usage
 
 BF16 = torch.bfloat16
-NAMES = ["int8-weight-only", "int4", "int8-dynamic", "int8-dynamic-int4", "int3", "bf16"]
+NAMES = ["int8-weight-only", "int4", "int8-dynamic", "int8-static", "int8-dynamic-int4", "int3", "int5", "bf16"]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:FutureWarning",  # torch's own, about its pytrees, while it exports
     "ignore:.*treespec.*:UserWarning",

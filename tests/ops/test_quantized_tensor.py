@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from llmq.ops.select import prepare, unprepare
 from llmq.ops.tensor import QuantizedTensor
 
 BF16 = torch.bfloat16
-NAMES = ["int8-weight-only", "int4", "int8-dynamic", "int8-dynamic-int4", "bf16"]
+NAMES = ["int8-weight-only", "int4", "int8-dynamic", "int4-static", "int8-dynamic-int4", "bf16"]
 
 
 @pytest.fixture(params=[False, True], ids=["canonical", "prepared"])
@@ -204,6 +205,14 @@ def test_misuse_is_named():
         w.copy_(quantized_linear("int8-dynamic", 48, 128, BF16).weight)
     with pytest.raises(UsageError, match="the weight is on IntGrid"):
         QuantizedTensor.from_weight(make_weight(FORMATS["int4"], 48, 128), FORMATS["int3"])
+    static, dynamic = make_weight(FORMATS["int8-static"], 4, 8), make_weight(FORMATS["int8-dynamic"], 4, 8)
+    with pytest.raises(UsageError, match="need the input_scale of their linear, got none"):
+        QuantizedTensor.from_weight(dynamic, FORMATS["int8-static"])
+    with pytest.raises(UsageError, match="only static activations have an input_scale"):
+        QuantizedTensor.from_weight(static, FORMATS["int8-dynamic"])
+    for number in (0.0, -1.0, 1e-40, float("inf"), float("nan")):
+        with pytest.raises(UsageError, match="a normal positive fp32 number, got"):
+            QuantizedTensor.from_weight(replace(static, input_scale=torch.tensor([number])), FORMATS["int8-static"])
 
 
 def test_works_on_any_module_that_calls_a_linear():

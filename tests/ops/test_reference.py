@@ -6,7 +6,7 @@ import pytest
 import torch
 from op_cases import FORMATS, INT8, INT8_ASYMMETRIC, case_of, make_weight, make_x
 
-from llmq.errors import KernelError
+from llmq.errors import KernelError, UsageError
 from llmq.numerics.grid import ActivationGrid, FloatGrid, IntGrid, LinearFormat
 from llmq.ops.reference import Reference, exact_chunk, exact_product, largest_product, quantize_activation
 
@@ -44,7 +44,7 @@ def test_int8_activations_equal_integer_arithmetic_done_by_hand(name):
     for m in range(4):
         row = x[m]
         if format_.activation.symmetric:
-            xs = torch.clamp(row.abs().max() / 127, min=1e-5)
+            xs = weight.input_scale[0] if format_.activation.static else torch.clamp(row.abs().max() / 127, min=1e-5)
             xq = torch.clamp(torch.round(row * (1 / xs)), -127, 127)
         else:
             low, high = row.min().clamp(max=0), row.max().clamp(min=0)
@@ -79,6 +79,26 @@ def test_symmetric_activations_use_127_and_the_smallest_scale():
     assert scale.flatten().tolist() == pytest.approx([2 / 127, 1e-5, 1e-5])
     assert codes.tolist() == [[64.0, -127.0, 32.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     assert quantize_activation(x, ActivationGrid(eps=0.5))[1].flatten().tolist() == [0.5, 0.5, 0.5]
+
+
+def test_a_static_scale_is_the_same_for_all_rows_and_hides_nothing():
+    scale = torch.tensor([0.5])
+    x = torch.tensor([[0.0, 0.75, 1.25, -63.4, 64.0, -1e30], [0.25, 0.26, 9.0, 0.0, 0.0, 0.0], [1.0, 1.0, float("inf"), 0, 0, 0]])
+    codes, scales = quantize_activation(x, ActivationGrid(static=True), scale)
+    assert codes[:2].tolist() == [[0, 2, 2, -127, 127, -127], [0, 1, 18, 0, 0, 0]]
+    assert codes[2, 2].isnan()
+    assert scales.tolist() == [[0.5]] * 3
+    empty, none = quantize_activation(x[:0], ActivationGrid(static=True), scale)
+    assert empty.shape == (0, 6)
+    assert none.shape == (0, 1)
+
+
+def test_a_static_scale_is_asked_for_and_refused_elsewhere():
+    x = torch.ones(1, 4)
+    with pytest.raises(UsageError, match="static activations need the input_scale"):
+        quantize_activation(x, ActivationGrid(static=True))
+    with pytest.raises(UsageError, match="only static activations have an input_scale"):
+        quantize_activation(x, INT8, torch.ones(1))
 
 
 @pytest.mark.parametrize(
