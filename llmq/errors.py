@@ -10,6 +10,7 @@
     │   └── ShapeError                        a layer does not fit the grid; names the layers and what would fit
     ├── KernelError                  exit 5   a kernel that was asked for cannot run here
     ├── OutputError                  exit 6   the output exists, or cannot be written
+    ├── PeerError                    exit 7   another process of several has ended
     └── Interrupted                  exit 130 the user stopped it; says what is kept and how to go on
 
 A message is one sentence that says what is wrong, what was got, what is allowed and what to do about it.
@@ -70,7 +71,13 @@ class OutputError(LlmqError):
     exit_code = 6
 
 
-class Interrupted(LlmqError):
+class PeerError(LlmqError):
+    """Another process of several has ended, and this one cannot go on alone."""
+
+    exit_code = 7
+
+
+class Interrupted(LlmqError):  # noqa: N818 - what happened, and no fault
     """The user stopped a long job; what was finished is kept."""
 
     exit_code = 130

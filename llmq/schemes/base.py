@@ -75,6 +75,10 @@ class Scheme(ABC, Generic[OptionsT]):
         """Return what has to be gathered with calibration text; a scheme that needs nothing is data-free."""
         return Needs.NONE
 
+    def fisher_rounds(self, options: OptionsT) -> int:  # noqa: ARG002
+        """Return the rounds of power iteration for Fisher factors, where `needs` has them."""
+        return 1
+
     def prepares(self, options: OptionsT) -> bool:  # noqa: ARG002
         """Return whether `prepare_block` does something under these options."""
         return False
@@ -163,6 +167,11 @@ class ResolvedScheme:
     def needs(self) -> Needs:
         """What has to be gathered with calibration text."""
         return self.scheme.needs(self.options)
+
+    @property
+    def fisher_rounds(self) -> int:
+        """See `Scheme.fisher_rounds`."""
+        return self.scheme.fisher_rounds(self.options)
 
     @property
     def prepares(self) -> bool:
