@@ -188,7 +188,7 @@ def float_grid(dtype: torch.dtype) -> FloatGrid:
     raise UsageError(f"an unquantized weight is float32, bfloat16 or float16, got {dtype}.")
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != shape:
         raise ShapeError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}.")
     if tensor.dtype != dtype:

@@ -30,6 +30,7 @@ FORMATS = {
     "o_proj": LinearFormat(FloatGrid("float32")),
     "gate_proj": LinearFormat(IntGrid(4, 32, scale_dtype="float16"), ActivationGrid(symmetric=False)),
     "up_proj": LinearFormat(IntGrid(5)),
+    "down_proj": LinearFormat(IntGrid(8, 16), ActivationGrid(static=True)),
 }
 MANIFEST = Manifest(
     scheme="int4",
@@ -58,7 +59,10 @@ def quantized(weight: torch.Tensor, form: LinearFormat) -> QuantizedTensor:
         zero = torch.randint(0, grid.qmax + 1, entries).to(torch.uint8)
     elif grid.zero_point == "float":
         zero = (0.1 * torch.randn(entries)).to(scale.dtype)
-    return QuantizedTensor.from_weight(QuantizedWeight.from_codes(grid, codes, scale, zero), form, weight.dtype)
+    stored = QuantizedWeight.from_codes(grid, codes, scale, zero)
+    if form.has_input_scale:
+        stored = replace(stored, input_scale=torch.rand(1) + 0.01)
+    return QuantizedTensor.from_weight(stored, form, weight.dtype)
 
 
 def quantize(model: Llama, formats: dict[str, LinearFormat]) -> Llama:
@@ -110,7 +114,7 @@ def test_round_trip_is_bit_exact(writer: Writer, source: Checkpoint, model: Llam
     assert opened.manifest.model_dump(exclude=filled_in) == MANIFEST.model_dump(exclude=filled_in)
     expected = {fqn: FORMATS[fqn.rpartition(".")[2]] for fqn in opened.manifest.formats}
     assert opened.manifest.linear_formats() == expected
-    assert len(expected) == 6 * CONFIG.num_layers
+    assert len(expected) == 7 * CONFIG.num_layers
     verify(opened)
 
 
@@ -285,6 +289,9 @@ def test_a_manifest_that_cannot_be(artefact: Path, changes: dict[str, Any], says
         ("model.layers.0.self_attn.v_proj.weight.qdata", torch.zeros(16, 31, dtype=torch.int8), "must have shape [16, 32]"),
         ("model.layers.0.self_attn.v_proj.weight.scale", torch.ones(16, 1).half(), "scale must be torch.float32"),
         ("model.layers.0.self_attn.k_proj.weight.zero_point", None, "zero_point is missing"),
+        ("model.layers.0.mlp.down_proj.weight.input_scale", None, "input_scale is missing"),
+        ("model.layers.0.mlp.down_proj.weight.input_scale", torch.ones(2), "input scale must have shape [1]"),
+        ("model.layers.0.self_attn.v_proj.weight.input_scale", torch.ones(1), "input_scale in"),
     ],
 )
 def test_tensors_that_the_manifest_does_not_describe(artefact: Path, name: str, value: torch.Tensor | None, says: str) -> None:
@@ -347,6 +354,8 @@ def test_description_of_an_artefact(artefact: Path) -> None:
     assert four.format == FORMATS["q_proj"]
     assert four.bits_per_weight == 4 + 2 * 16 / 16  # bf16 scale and bf16 zero point for 16 weights
     assert rows["model.layers.0.self_attn.v_proj.weight"].bits_per_weight == 8 + 32 / 32
+    down = rows["model.layers.0.mlp.down_proj.weight"]
+    assert down.nbytes == FORMATS["down_proj"].nbytes(32, 48) == 32 * 48 + 32 * 3 * 4 + 4
     assert rows["model.norm.weight"].format is None
     assert description.stored_bytes == sum(info.nbytes for info in open_checkpoint(artefact).tensors.values())
     integers = [row for row in rows.values() if row.format and isinstance(row.format.weight, IntGrid)]

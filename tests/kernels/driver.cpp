@@ -15,6 +15,7 @@
 namespace {
 
 constexpr float kEps = 1e-5f;
+constexpr float kInputScale = 0.0073f;  // of static activations
 long checks = 0;
 
 void expect(bool ok, const char* what, int64_t a = 0, int64_t b = 0) {
@@ -145,6 +146,18 @@ Codes block_codes(const float* x, int64_t k, int64_t group) {
   return codes;
 }
 
+Codes static_codes(const float* x, int64_t k) {
+  bool finite = true;
+  for (int64_t i = 0; i < k; ++i) finite = finite && isfinite(x[i]);
+  Codes codes{std::vector<int>(k), {finite ? kInputScale : NAN}};
+  const volatile float inverse = 1.0f / kInputScale;
+  for (int64_t i = 0; finite && i < k; ++i) {
+    const volatile float scaled = x[i] * inverse;
+    codes.code[i] = static_cast<int>(fminf(fmaxf(nearbyintf(scaled), -127), 127));
+  }
+  return codes;
+}
+
 Codes row_codes(const float* x, int64_t k, bool symmetric) {
   float least = 0, most = 0;
   bool nan = false, infinite = false;
@@ -202,7 +215,7 @@ struct Weight {
   }
 
   LlmqLinear linear(const uint8_t* packed, bool with_bias) const {
-    return {n, k, group, kind.weight, kind.zero, kind.scale, kind.activation, kEps, 0, packed,
+    return {n, k, group, kind.weight, kind.zero, kind.scale, kind.activation, kEps, kInputScale, packed,
             with_bias ? bias.data() : nullptr};
   }
 
@@ -311,6 +324,8 @@ void check_linear(int32_t isa, const Kind& kind, int64_t m, int64_t n, int64_t k
     const Codes codes = !kind.integer() ? Codes{}
                         : kind.activation == LLMQ_ACTIVATION_FLOAT
                             ? block_codes(at, k, group)
+                        : kind.activation == LLMQ_ACTIVATION_STATIC
+                            ? static_codes(at, k)
                             : row_codes(at, k, kind.activation == LLMQ_ACTIVATION_INT8);
     for (int64_t j = 0; j < n; ++j) {
       float got;
@@ -356,9 +371,11 @@ void check_kinds(int32_t isa) {
     for (int32_t scale : {LLMQ_SCALE_F32, LLMQ_SCALE_BF16}) {
       check_kind(isa, {LLMQ_WEIGHT_INT8, LLMQ_ZERO_NONE, scale, LLMQ_ACTIVATION_FLOAT, dtype});
       check_kind(isa, {LLMQ_WEIGHT_INT8, LLMQ_ZERO_NONE, scale, LLMQ_ACTIVATION_INT8, dtype});
+      check_kind(isa, {LLMQ_WEIGHT_INT8, LLMQ_ZERO_NONE, scale, LLMQ_ACTIVATION_STATIC, dtype});
       check_kind(isa, {LLMQ_WEIGHT_INT4, LLMQ_ZERO_FLOAT, scale, LLMQ_ACTIVATION_FLOAT, dtype});
       for (int32_t zero : {LLMQ_ZERO_NONE, LLMQ_ZERO_INT}) {
-        for (int32_t activation : {LLMQ_ACTIVATION_FLOAT, LLMQ_ACTIVATION_INT8, LLMQ_ACTIVATION_UINT8}) {
+        for (int32_t activation :
+             {LLMQ_ACTIVATION_FLOAT, LLMQ_ACTIVATION_INT8, LLMQ_ACTIVATION_UINT8, LLMQ_ACTIVATION_STATIC}) {
           check_kind(isa, {LLMQ_WEIGHT_INT4, zero, scale, activation, dtype});
         }
       }

@@ -227,6 +227,7 @@ struct Model {
     const bool codes = format.weight == LLMQ_WEIGHT_INT8 || format.weight == LLMQ_WEIGHT_INT4;
     linear.scale = codes ? LLMQ_SCALE_F32 : LLMQ_SCALE_NONE;
     linear.eps = 1e-5f;
+    linear.input_scale = format.activation == LLMQ_ACTIVATION_STATIC ? 0.02f + 0.001f * (n % 3) : 0;  // not all rows shared
     linear.bias = bias;
     std::vector<float> f32(w.begin(), w.end()), scale(n, 0.02f);
     std::vector<uint16_t> bf16(w.size());
@@ -478,6 +479,7 @@ int main() {
   const Format formats[] = {{"fp32", LLMQ_WEIGHT_F32, LLMQ_ACTIVATION_FLOAT, LLMQ_DTYPE_F32, 2e-5},
                             {"bf16", LLMQ_WEIGHT_BF16, LLMQ_ACTIVATION_FLOAT, LLMQ_DTYPE_BF16, 0.1},
                             {"int8", LLMQ_WEIGHT_INT8, LLMQ_ACTIVATION_INT8, LLMQ_DTYPE_BF16, 0},
+                            {"int8 static", LLMQ_WEIGHT_INT8, LLMQ_ACTIVATION_STATIC, LLMQ_DTYPE_BF16, 0},
                             {"int4", LLMQ_WEIGHT_INT4, LLMQ_ACTIVATION_FLOAT, LLMQ_DTYPE_BF16, 0}};
   for (int32_t isa = 0; isa < llmq_isa_count(); ++isa) {
     if (!llmq_isa_available(isa)) {
