@@ -11,8 +11,8 @@ free, since E U = r and tr(E H E^T) = sum over k of D[k] |r[:, k]|^2. So one fac
 triangular product (N K^2, matrix multiplications but for blocks on the diagonal) are all there is to pay. Round to nearest
 goes through the same product beside it, so that every row's two losses are known and the better row is kept.
 
-Group scales come from the original weight (static groups), so the order of the columns is free: with `act_order` they are
-taken by falling diagonal of H.
+Group scales are given, or come from the original weight (static groups), so the order of the columns is free: with `act_order`
+they are taken by falling diagonal of H.
 """
 
 from __future__ import annotations
@@ -82,20 +82,34 @@ class GptqReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Factor:
+class Factor:
     """H + damping = U D U^T, columns in the order in which they are rounded.
 
     order: [K] indices into the original columns. unit_upper: U [K, K]. pivots: D [K]. added: [K], what was added to the
-    diagonal of H (for dead columns all of it), so that it can be taken out of the losses again.
+    diagonal of H (for dead columns all of it), so that it can be taken out of the losses again. damping: the fraction that
+    was enough.
     """
 
     order: Tensor
     unit_upper: Tensor
     pivots: Tensor
     added: Tensor
+    damping: float
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: IntGrid, options: GptqOptions) -> tuple[QuantizedWeight, GptqReport]:
+Factorised = tuple[Factor | None, tuple[float, ...]]
+"""A factor, and the fractions of damping that were tried for it."""
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    grid: IntGrid,
+    options: GptqOptions,
+    *,
+    scales: tuple[Tensor, Tensor | None] | None = None,
+    factorised: Factorised | None = None,
+) -> tuple[QuantizedWeight, GptqReport]:
     """Quantize one weight with GPTQ. Neither argument is changed.
 
     Args:
@@ -103,6 +117,8 @@ def gptq(weight: Tensor, hessian: Tensor, grid: IntGrid, options: GptqOptions) -
         hessian: [K, K] fp32 or fp64, symmetric, 2/n sum x^T x of the layer's inputs; fp64 runs everything in fp64.
         grid: the integer grid.
         options: see `GptqOptions`.
+        scales: scale and zero point [N, groups] of the grid, as they are stored; None: those of `algorithms.rtn`.
+        factorised: what `factorise` returned for this Hessian, damping and order; None: it is called here.
 
     Returns:
         The quantized weight, and what was done. In every row the Hessian-weighted loss is at most that of round to nearest.
@@ -116,7 +132,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: IntGrid, options: GptqOptions) -
         raise ShapeError(f"a weight of {k} inputs needs a Hessian [{k}, {k}], got {list(hessian.shape)}.")
     if hessian.dtype not in (torch.float32, torch.float64):
         raise UsageError(f"a Hessian must be accumulated in float32 or float64, got {hessian.dtype}.")
-    scale, zero_point = choose_scales(weight, grid, mapping=options.mapping)
+    scale, zero_point = choose_scales(weight, grid, mapping=options.mapping) if scales is None else scales
     original = weight.to(torch.promote_types(work_dtype(weight), hessian.dtype))
     rtn_codes = round_to_grid(original, grid, scale, zero_point)
 
@@ -126,7 +142,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: IntGrid, options: GptqOptions) -
         return QuantizedWeight.from_codes(grid, rtn_codes, scale, zero_point), report
 
     dead = int((diagonal == 0).sum())
-    factor, tried = _factorise(hessian, options, original.dtype)
+    factor, tried = factorise(hessian, options) if factorised is None else factorised
     if factor is None:
         error = original - numbers_of(rtn_codes, grid, scale, zero_point, original.dtype)
         loss = ((error @ hessian.to(error.dtype)) * error).sum(dtype=torch.float64).item()
@@ -149,8 +165,10 @@ def gptq(weight: Tensor, hessian: Tensor, grid: IntGrid, options: GptqOptions) -
     return QuantizedWeight.from_codes(grid, codes, scale, zero_point), report
 
 
-def _factorise(hessian: Tensor, options: GptqOptions, dtype: torch.dtype) -> tuple[_Factor | None, tuple[float, ...]]:
-    """Factorise in fp64, with more and more damping until it succeeds; U is returned in `dtype`.
+def factorise(hessian: Tensor, options: GptqOptions) -> Factorised:
+    """Factorise H in fp64, with more and more damping until it succeeds; U is returned in the dtype of H.
+
+    Linears that read the same input share it.
 
     Returns:
         The factor (None when no damping on the ladder was enough), and the fractions that were tried.
@@ -173,8 +191,8 @@ def _factorise(hessian: Tensor, options: GptqOptions, dtype: torch.dtype) -> tup
         lower, info = torch.linalg.cholesky_ex(matrix)
         pivots = torch.diagonal(lower)
         if int(info) == 0 and bool((torch.isfinite(pivots) & (pivots > 0)).all()):
-            unit = (lower / pivots).flip(0, 1).to(dtype)
-            return _Factor(order, unit, pivots.square().flip(0), added[order]), tuple(tried)
+            unit = (lower / pivots).flip(0, 1).to(hessian.dtype)
+            return Factor(order, unit, pivots.square().flip(0), added[order], tried[-1]), tuple(tried)
     return None, tuple(tried)
 
 
@@ -212,14 +230,14 @@ class _Columns:
         return codes
 
 
-def _sweep(columns: _Columns, factor: _Factor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sweep(columns: _Columns, factor: Factor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Round all columns.
 
     Returns:
         Codes [N, K]; per row, in fp64, the loss of these codes and of round to nearest [N], both without damping.
     """
     k, n = columns.weight.shape
-    upper = factor.unit_upper
+    upper = factor.unit_upper.to(columns.weight.dtype)
     error = torch.empty(k, 2 * n, dtype=columns.weight.dtype, device=columns.weight.device)  # of GPTQ | of round to nearest
     error[:, n:] = columns.rtn_error
     losses = torch.zeros(2 * n, dtype=torch.float64, device=error.device)
