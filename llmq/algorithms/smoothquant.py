@@ -1,0 +1,258 @@
+"""SmoothQuant (Xiao et al., arXiv:2211.10438): scales that make inputs easier to quantize, and weights only a little harder.
+
+Before the int8 product, inputs x [K] are divided by s [K] and the weight's columns multiplied by it, where that costs nothing
+(`algorithms.folding`). A token's rounding errors are as large as its largest input allows, so a channel that is often the largest
+costs all the others. The paper's scales are
+
+    s_k = max|x_k|^alpha / max|W_:k|^(1 - alpha)                                                     (equation 4)
+
+and alpha is searched here. They look at a channel's one largest value. The expected squared error itself is known: rounding
+errors are all but uniform, so with a = max_k |x_k| / s_k of each token, E the mean over tokens, and b_n = max_k |W_nk| s_k,
+
+    noise(s) = E[a^2] / (12 * 127^2) * sum_k |W_:k|^2 s_k^2  +  sum_n b_n^2 / (12 * 127.5^2) * sum_k E[x_k^2] / s_k^2
+
+and `learned_scale` descends on it: each s_k becomes as large as pays for the channel's share of the tokens in which it is the
+largest.
+
+Of the scales found this way and by alpha, and of no scales, those stay whose simulated output is nearest to the float one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmq.algorithms.folding import FoldPair, column_amax, fold_, fold_pairs
+from llmq.algorithms.rtn import quantize_rtn
+from llmq.algorithms.simulate import Forward, Work, part_of, record
+from llmq.errors import UsageError
+from llmq.numerics.affine import MappingType
+from llmq.numerics.grid import IntGrid, LinearFormat
+from llmq.ops.reference import quantize_activation
+
+FLOOR = 1e-5
+"""Channels are taken to be at least this fraction of the largest: a channel that never fires must not get a scale of 0."""
+
+LEARNING_RATE = 0.03
+"""Of the descent on log(s): scales can change by a factor of 20 in 200 iterations, as the rate falls to 0."""
+
+Smoothing = Literal["none", "alpha", "learned"]
+Simulate = Callable[[nn.Linear, Tensor | None], Forward]
+
+
+@dataclass(frozen=True, slots=True)
+class SmoothOptions:
+    """How scales are found.
+
+    Attributes:
+        smoothing: 'alpha' tries the paper's scales, 'learned' also descends from the best of them; 'none' finds nothing.
+        step: between the alphas that are tried, from 0 to 1.
+        iterations: of the descent.
+        rows: tokens that one iteration looks at.
+        tokens: that the simulated errors are measured on.
+        seed: of the draw of rows.
+    """
+
+    smoothing: Smoothing = "learned"
+    step: float = 0.05
+    iterations: int = 200
+    rows: int = 1024
+    tokens: int = 8192
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step <= 1:
+            raise UsageError(f"the step between alphas must be in (0, 1], got {self.step}.")
+        if min(self.iterations, self.rows, self.tokens) < 1:
+            raise UsageError("iterations, rows and tokens must be at least 1.")
+
+
+@dataclass(frozen=True, slots=True)
+class SmoothReport:
+    """What was done at one place.
+
+    Attributes:
+        producer: where the scales were folded into.
+        kept: 'none', 'alpha' or 'learned'.
+        alpha: the best of those that were tried; None where none was.
+        error: mean squared error of the simulated output with the scales that were kept.
+        plain_error: the same without scales; never below `error`.
+    """
+
+    producer: str
+    kept: Smoothing
+    alpha: float | None
+    error: float
+    plain_error: float
+
+
+def smooth_(work: Work, form: LinearFormat, mapping: MappingType | None, options: SmoothOptions) -> list[SmoothReport]:
+    """Find scales at every place of a block and fold them, in place.
+
+    Args:
+        work: the block; linears that are not in `work.linears` are left alone.
+        form: an integer grid for weights, and one for activations.
+        mapping: of the weights' ranges, see `quantize_rtn`.
+        options: see `SmoothOptions`.
+
+    Returns:
+        A report for every place.
+
+    Raises:
+        UsageError: the format does not quantize activations.
+        SchemeError: the block has no places that scales can be folded into, or its inputs are not finite.
+    """
+    simulate = simulated_linear(form, mapping)
+    if options.smoothing == "none":
+        return []
+    return [_smooth_pair(work, pair, simulate, options) for pair in fold_pairs(work.module, work.linears)]
+
+
+def _smooth_pair(work: Work, pair: FoldPair, simulate: Simulate, options: SmoothOptions) -> SmoothReport:
+    part = part_of(pair.consumers[0])
+    replays, inputs = record(work, [part], inputs_of=pair.consumers[:1], tokens=options.tokens)
+    replay, x = replays[part], inputs[pair.consumers[0]]
+    linears = {name: work.linears[name] for name in pair.consumers}
+
+    def error(scale: Tensor | None) -> float:
+        columns = None if scale is None else pair.expand(scale)
+        return replay.error({name: simulate(linear, columns) for name, linear in linears.items()})
+
+    plain = error(None)
+    amax, columns = pair.gather(x.abs().amax(0)).amax(0), column_amax(work.module, pair)
+    tried = [(error(paper_scale(amax, columns, alpha)), alpha) for alpha in _alphas(options.step)]
+    best, alpha = min(tried)
+    scale = paper_scale(amax, columns, alpha)
+    kept: Smoothing = "alpha"
+    if options.smoothing == "learned":
+        weights = [linear.weight for linear in linears.values()]
+        learned = learned_scale(x, weights, pair, scale if best < plain else torch.ones_like(scale), options)
+        learned_error = error(learned)
+        if learned_error < best:
+            best, scale, kept = learned_error, learned, "learned"
+    if best >= plain:
+        return SmoothReport(pair.producer, "none", alpha, plain, plain)
+    fold_(work.module, pair, scale)
+    return SmoothReport(pair.producer, kept, alpha, best, plain)
+
+
+def paper_scale(amax: Tensor, column_amax: Tensor, alpha: float) -> Tensor:
+    """Return max|x|^alpha / max|W|^(1 - alpha) [C], with a geometric mean of 1; see the module for the equation.
+
+    Args:
+        amax: [C] largest |x| of each channel.
+        column_amax: [C] largest |W| of each channel's columns.
+        alpha: 0 (weights alone) to 1 (inputs alone).
+    """
+    log_scale = alpha * _log(amax) - (1 - alpha) * _log(column_amax)
+    return torch.exp(log_scale - log_scale.mean())
+
+
+def noise(scale: Tensor, x: Tensor, weights: list[Tensor], pair: FoldPair) -> Tensor:
+    """Return the expected squared error of a token's outputs under int8 inputs and weights, summed over outputs; see the module.
+
+    Args:
+        scale: [C].
+        x: [n, K] inputs.
+        weights: [N, K] each: all that read them.
+        pair: maps channels to inputs.
+    """
+    columns = pair.expand(scale)
+    energy = torch.stack([weight.float().square().sum(0) for weight in weights]).sum(0)
+    inputs = (x / columns).abs().amax(1).square().mean() * (energy * columns.square()).sum() / 127**2
+    rows = torch.stack([(weight.float() * columns).abs().amax(1).square().sum() for weight in weights]).sum()
+    return (inputs + rows * (x.square().mean(0) / columns.square()).sum() / 127.5**2) / 12
+
+
+def learned_scale(x: Tensor, weights: list[Tensor], pair: FoldPair, start: Tensor, options: SmoothOptions) -> Tensor:
+    """Descend on log(noise) over log(s) with Adam (arXiv:1412.6980), and return the scales [C] with the least noise on all of x.
+
+    Args:
+        x: [n, K] inputs, fp32.
+        weights: [N, K] each: all that read them.
+        pair: maps channels to inputs.
+        start: [C] the first scales.
+        options: see `SmoothOptions`.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    weights = [weight.detach().float() for weight in weights]
+    with torch.enable_grad():
+        log_scale = start.float().log().detach().clone().requires_grad_()
+        optimizer = torch.optim.Adam([log_scale], lr=LEARNING_RATE)
+        for iteration in range(options.iterations):
+            chosen = torch.randint(len(x), (min(options.rows, len(x)),), generator=generator).to(x.device)
+            value = noise(log_scale.exp(), x[chosen], weights, pair).log()
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - iteration / options.iterations)
+            optimizer.zero_grad()
+            value.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    scale = log_scale.detach()
+    scale = torch.exp(scale - scale.mean())
+    return scale if bool(noise(scale, x, weights, pair) <= noise(start.float(), x, weights, pair)) else start
+
+
+def simulated_linear(form: LinearFormat, mapping: MappingType | None) -> Simulate:
+    """Return a function that makes a linear's quantized forward: what the format computes for a weight rounded to nearest.
+
+    The function takes the linear and scales [K] of its inputs, or None; the scales divide the inputs and multiply the columns.
+
+    Raises:
+        UsageError: the format is not of integer weights and activations.
+    """
+    grid, activation = form.weight, form.activation
+    if not isinstance(grid, IntGrid) or activation is None:
+        raise UsageError("smoothing is for integer weights and activations; this format has a floating weight or input.")
+
+    def make(linear: nn.Linear, scale: Tensor | None) -> Forward:
+        weight = linear.weight.detach()
+        numbers = quantize_rtn(weight if scale is None else weight * scale, grid, mapping=mapping).dequantize()
+
+        def forward(x: Tensor) -> Tensor:
+            rows = x.reshape(-1, x.shape[-1])
+            codes, row_scale = quantize_activation(rows if scale is None else rows / scale, activation)
+            return F.linear(codes * row_scale, numbers, linear.bias).reshape(*x.shape[:-1], -1)
+
+        return forward
+
+    return make
+
+
+def _alphas(step: float) -> list[float]:
+    count = round(1 / step)
+    return [index / count for index in range(count + 1)]
+
+
+def _log(values: Tensor) -> Tensor:
+    wide = values.float()
+    return wide.clamp_min(max(float(wide.max()) * FLOOR, torch.finfo(torch.float32).smallest_normal)).log()
+
+
+def static_scale(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """Return one scale for all inputs of a linear, fp32 [1]: the one with the least error, clipping included.
+
+    The error of an input counts as much as the weights that read it: sum over k of |W_:k|^2 (x_k - x_hat_k)^2. Scales from that
+    of the largest input down to 2^-10 of it are tried, first in steps of 2^(1/4), then between the best one's neighbours.
+
+    Args:
+        x: [n, K] inputs.
+        weights: [N, K] each: all that read them.
+    """
+    x = x.float()
+    energy = torch.stack([weight.detach().float().square().sum(0) for weight in weights]).sum(0)
+    largest = float(x.abs().max())
+    if largest == 0:
+        return x.new_full((1,), 1 / 127)
+
+    def error(power: float) -> tuple[float, float]:
+        scale = largest / 127 * 2**-power
+        difference = torch.clamp((x / scale).round(), -127, 127).mul_(scale).sub_(x)
+        return (difference.square_() @ energy).sum(dtype=torch.float64).item(), power
+
+    _, coarse = min(error(step / 4) for step in range(41))
+    _, power = min(error(coarse + step / 32) for step in range(-8, 9) if coarse + step / 32 >= 0)
+    return x.new_full((1,), largest / 127 * 2**-power)
