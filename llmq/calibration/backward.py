@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from llmq.calibration.activations import Activations
 from llmq.calibration.stages import EMBEDDING, HEAD, BlockModel, Keeper, Stage
+from llmq.numerics.grid import IntGrid
+from llmq.ops.tensor import QuantizedTensor
 from llmq.schemes.apply import plain_weight
 
 HEAD_LOGITS = 1 << 22
@@ -36,14 +38,18 @@ class FloatHead:
         memo[id(model.blocks)] = nn.ModuleList()
         self._model: Any = copy.deepcopy(model, memo)
         for name, owner in _owners(self._model):
-            plain = plain_weight(getattr(owner, name)).float()
-            setattr(owner, name, nn.Parameter(plain, requires_grad=False))
+            setattr(owner, name, nn.Parameter(float_values(getattr(owner, name)), requires_grad=False))
         self._chunk: int | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return its parameters by their fully qualified names in the model, without embeddings."""
         names = {id(module): name for name, module in self._model.named_modules()}
         return {f"{names[id(owner)]}.{name}".lstrip("."): getattr(owner, name) for name, owner in _owners(self._model)}
+
+    def replace(self, name: str, parameter: nn.Parameter) -> None:
+        """Put another parameter in the place of the one of `parameters` that has this name."""
+        owner, _, leaf = name.rpartition(".")
+        setattr(self._model.get_submodule(owner), leaf, parameter)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return logits [R, V] of hidden states [R, hidden] after the last block."""
@@ -93,7 +99,7 @@ class Boundaries:
     """
 
     def __init__(
-        self, model: BlockModel, stages: Sequence[Stage], keeper: Keeper, *, every: int = 1, spill: Path | None = None
+        self, model: BlockModel, stages: Sequence[Stage], keeper: Keeper, *, every: int | None = 1, spill: Path | None = None
     ) -> None:
         """Take note of how; `fill` computes.
 
@@ -101,7 +107,7 @@ class Boundaries:
             model: what embeds.
             stages: the blocks.
             keeper: who has the parameters.
-            every: keep the states before every so many-th block.
+            every: keep the states before every so many-th block; None: only those after the last.
             spill: folder on whose disk states lie; None: in memory.
         """
         self._model, self._stages, self._keeper = model, stages, keeper
@@ -144,10 +150,10 @@ class Boundaries:
             self._kept[index] = self._forward(self._kept[base].like(spill=self._spill), range(base, index), 1, go)
         return self._kept.pop(index)
 
-    def _forward(self, states: Activations, blocks: range, every: int, go: Callable[[int], None]) -> Activations:
+    def _forward(self, states: Activations, blocks: range, every: int | None, go: Callable[[int], None]) -> Activations:
         """Run states through blocks, in place, but for those before every so many-th block, which are kept."""
         for index in blocks:
-            if index % every == 0 and index not in self._kept:
+            if every is not None and index % every == 0 and index not in self._kept:
                 self._kept[index] = states
                 states = states.like(spill=self._spill)
             with opened(self._keeper, self._stages[index]) as block:
@@ -155,6 +161,13 @@ class Boundaries:
                     batch.copy_(self._stages[index].forward(block, batch.float(), self.context))
                     go(len(batch))
         return states
+
+
+def float_values(parameter: Tensor) -> Tensor:
+    """Return the numbers of a parameter in fp32, quantized or not; an fp32 parameter's own memory is shared."""
+    if isinstance(parameter, QuantizedTensor) and isinstance(parameter.format.weight, IntGrid):
+        return parameter.weight.dequantize()
+    return plain_weight(parameter).float()
 
 
 def _owners(model: nn.Module) -> list[tuple[str, nn.Module]]:
