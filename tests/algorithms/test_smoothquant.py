@@ -44,7 +44,7 @@ def test_simulated_linear_is_the_reference_kernel(bias: bool) -> None:
 
 
 def test_noise_is_what_rounding_does() -> None:
-    """Against the error of real rounding: uniform where steps are small beside the inputs, which the derivation takes for granted."""
+    """Against the error of real rounding, which is uniform where steps are small beside the inputs."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(4000, 128, generator=generator) * torch.exp(0.3 * torch.randn(4000, 128, generator=generator))
     linear = nn.Linear(128, 64, bias=False)
