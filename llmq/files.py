@@ -13,6 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 from llmq.errors import OutputError
 
 
@@ -70,6 +75,26 @@ def atomic_path(path: Path, *, force: bool = False) -> Iterator[Path]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+def lock_folder(folder: Path) -> int:
+    """Return a descriptor that keeps other processes from locking `folder` until it is closed, or the process ends.
+
+    Where the file system knows no locks, everybody gets one.
+
+    Raises:
+        OutputError: another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise OutputError(f"another process is at work in {folder}; wait for it, or choose another --out.") from error
+        except OSError:
+            pass  # no locks here, as on some network disks
+    return descriptor
 
 
 def _umask() -> int:

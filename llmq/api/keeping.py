@@ -54,16 +54,16 @@ class JobKeeper:
                 f"--strict: {fallbacks[0]}; what was finished before is kept: without --strict the same command goes on with "
                 "round to nearest there."
             )
-        if self.job is not None:
-            tensors, formats = self._stored(part)
-            facts = {
-                "formats": formats,
-                "reports": [report.to_json() for report in reports],
-                "seconds": [report.seconds for report in reports],
-            }
-            self.job.store(part, tensors, facts)
+        with self.ranks.together():
+            if self.job is not None:
+                tensors, formats = self._stored(part)
+                facts = {
+                    "formats": formats,
+                    "reports": [report.to_json() for report in reports],
+                    "seconds": [report.seconds for report in reports],
+                }
+                self.job.store(part, tensors, facts)
         self.parts.drop(part)
-        self.ranks.wait()
 
     def finished(self, part: str) -> list[LayerReport] | None:
         """See `Keeper.finished`."""
@@ -79,14 +79,20 @@ class JobKeeper:
         assert entry is not None
         tensors = self._broadcast(part)
         dtype = self.parts.model.dtype
-        for name in self._names(part):
-            data = entry["formats"].get(name.removesuffix(".weight"))
-            form = format_from_json(data) if data is not None else None
+        forms = {f"{fqn}.weight": format_from_json(data) for fqn, data in entry["formats"].items()}
+        names = list(self.parts.parts[part])
+        if HEAD_WEIGHT in forms and HEAD_WEIGHT not in names and isinstance(forms[HEAD_WEIGHT].weight, IntGrid):
+            names.append(HEAD_WEIGHT)  # of a tied model: quantized, it is no longer the embedding
+        for name in names:
+            form = forms.get(name)
             self.parts.put(name, _value(name, form, tensors, tuple(self.parts.shape(name)), dtype))
 
     def entry(self, part: str) -> dict[str, Any] | None:
         """Return what the first process knows of a finished part; see `Job.entry`."""
-        mine = self.job.entry(part) if self.job is not None else None
+        mine = None
+        with self.ranks.together():
+            if self.job is not None:
+                mine = self.job.entry(part)
         known: dict[str, Any] | None = self.ranks.json_from(mine, 0)
         return known
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,6 +26,7 @@ from llmq.model.runtime import Runtime, check_runtime, choose_runtime
 from llmq.model.tokenizer import Tokenizer
 from llmq.ops.select import KernelChoice, prepare
 from llmq.progress import SILENT, Progress
+from llmq.ranks import default_threads
 from llmq.results.coverage import Coverage
 from llmq.results.environment import capture
 from llmq.results.record import Cache, Environment, Subject
@@ -68,7 +68,7 @@ class Setup:
             raise UsageError(f"unknown device {self.device!r}; allowed are cpu and cuda.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("device cuda was asked for, but torch sees no CUDA device; use --device cpu (`llmq env` says more).")
-        torch.set_num_threads(self.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(self.threads or default_threads())
         torch.manual_seed(self.seed)
 
     def environment(self) -> Environment:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from llmq.algorithms.report import LayerReport
 from llmq.api.calibrating import OverlapCheck, calibration_json, calibration_set, check_overlap
 from llmq.api.keeping import JobKeeper
 from llmq.api.loading import Loaded, Setup
+from llmq.api.phases import run_phases
 from llmq.api.recipes import Recipe, Settled, settle
 from llmq.calibration.recorder import CalibrationSet
-from llmq.calibration.sequential import Walk, WalkSettings
 from llmq.checkpoint import Manifest, load_model, open_checkpoint
 from llmq.checkpoint.job import Job
 from llmq.checkpoint.parts import PartwiseModel
@@ -84,37 +85,47 @@ def quantize_checkpoint(
         UsageError: what an earlier run left belongs to another job.
     """
     how = how or Running()
-    setup.apply()
     ranks = join_ranks(setup.device)
-    checkpoint = open_checkpoint(path)
-    if checkpoint.manifest is not None:
-        raise UsageError(f"{path} is quantized already (scheme {checkpoint.manifest.scheme}); name the original checkpoint.")
-    baseline = recipe.resolve().baseline_dtype
-    setup = setup if baseline is None else replace(setup, dtype=recipe.scheme)
-    parts = PartwiseModel(checkpoint, setup.torch_dtype)
-    settled = settle(recipe, parts.model, setup.torch_dtype)
-    loaded = Loaded(checkpoint, parts.model, settled.resolved, setup, overrides=recipe.overrides)
-    seen, check = _calibration(loaded, recipe, settled, how, ranks=ranks, progress=progress)
-    loaded.calibration = seen
-    manifest = _manifest(loaded, recipe, seen, check)
-    job = Job(out, _identity(manifest, recipe, seen, how, ranks), force=how.force, restart=how.restart) if ranks.first else None
-    resumed = len(job.finished) if job is not None else 0
-    if job is not None and resumed:
-        progress.note(f"going on after {resumed} of {len(parts.parts)} parts that {job.folder} holds")
-    dtypes = {decision.fqn: decision.parameter.dtype for decision in settled.decisions}
-    keeper = JobKeeper(parts, job, ranks=ranks, strict=how.strict)
-    settings = WalkSettings(how.activations, how.spill, None, ranks)
-    with _interruptible(job):
-        reports = Walk(parts.model, settled.decisions, seen, keeper=keeper, settings=settings).run(progress=progress)
-    if job is None:
+    progress = progress if ranks.first else SILENT
+    with ranks.together():
+        setup.apply()
+        checkpoint = open_checkpoint(path)
+        if checkpoint.manifest is not None:
+            raise UsageError(f"{path} is quantized already (scheme {checkpoint.manifest.scheme}); name the original checkpoint.")
+        baseline = recipe.resolve().baseline_dtype
+        setup = setup if baseline is None else replace(setup, dtype=recipe.scheme)
+        parts = PartwiseModel(checkpoint, setup.torch_dtype)
+        settled = settle(recipe, parts.model, setup.torch_dtype)
+        loaded = Loaded(checkpoint, parts.model, settled.resolved, setup, overrides=recipe.overrides)
+        loaded.calibration, check = _calibration(loaded, recipe, settled, how, ranks=ranks, progress=progress)
+        manifest = _manifest(loaded, recipe, loaded.calibration, check)
+        identity = _identity(manifest, recipe, loaded.calibration, how, ranks)
+    ranks.check_same(identity)
+    if ranks.size > 1:
+        progress.note(
+            f"{ranks.size} processes, {torch.get_num_threads()} threads each: what --threads says, or a share of the cores; "
+            "OMP_NUM_THREADS, which torchrun sets, changes nothing"
+        )
+    with ranks.together():
+        job = Job(out, identity, force=how.force, restart=how.restart) if ranks.first else None
+    covering = partial(_covered, recipe, settled, baseline or setup.torch_dtype)
+    with _at_work(job):
+        if ranks.json_from(job is not None and job.placed, 0):
+            written, resumed = job.clear_up() if job is not None else None, len(parts.parts)
+        else:
+            resumed = len(job.finished) if job is not None else 0
+            if job is not None and resumed:
+                progress.note(f"going on after {resumed} of {len(parts.parts)} parts that {job.folder} holds")
+            keeper = JobKeeper(parts, job, ranks=ranks, strict=how.strict)
+            loaded.reports = run_phases(settled, loaded, keeper, activations=how.activations, spill=how.spill, progress=progress)
+            with ranks.together():
+                written = _finish(job, keeper, manifest, loaded.reports, covering(loaded.reports)) if job is not None else None
+    if written is None:
         return None
-    noise = {report.fqn: report.sqnr_db for report in reports}
-    compute = baseline or setup.torch_dtype
-    covered = coverage(settled.resolved.name, settled.decisions, dtypes=dtypes, noise=noise, compute=compute)
-    loaded.reports, loaded.coverage = reports, recipe.explain(covered)
-    written = _finish(job, keeper, loaded, manifest, reports)
-    loaded.model = load_model(written, dtype=compute)
     assert written.manifest is not None
+    loaded.reports = loaded.reports or [LayerReport.from_json(data) for data in written.manifest.layers]
+    loaded.coverage = covering(loaded.reports)
+    loaded.model = load_model(written, dtype=baseline or setup.torch_dtype)
     return Quantized(out, loaded, written.manifest, _record(loaded), resumed)
 
 
@@ -169,26 +180,32 @@ def _identity(manifest: Manifest, recipe: Recipe, seen: CalibrationSet | None, h
     }
 
 
-def _finish(job: Job, keeper: JobKeeper, loaded: Loaded, manifest: Manifest, reports: list[LayerReport]) -> Checkpoint:
+def _finish(job: Job, keeper: JobKeeper, manifest: Manifest, reports: list[LayerReport], covered: Coverage) -> Checkpoint:
     """Put the finished parts together."""
-    assert loaded.coverage is not None
     names = list(keeper.parts.parts)
     formats: dict[str, dict[str, Any]] = {}
     for part in names:
-        entry = keeper.entry(part)
+        entry = job.entry(part)
         assert entry is not None
         formats |= entry["formats"]
-    config = loaded.checkpoint.config
+    config = keeper.parts.checkpoint.config
     if config.tie_word_embeddings and isinstance(format_from_json(formats["lm_head"]).weight, IntGrid):
         config = replace(config, tie_word_embeddings=False)  # the head was quantized, and is no longer the embedding
     complete = manifest.model_copy(
         update={
-            "skipped": _skipped(loaded.coverage),
+            "skipped": _skipped(covered),
             "layers": [report.to_json() for report in reports],
             "formats": formats,
         }
     )
-    return job.put_together(names, complete, config, loaded.checkpoint)
+    return job.put_together(names, complete, config, keeper.parts.checkpoint)
+
+
+def _covered(recipe: Recipe, settled: Settled, compute: torch.dtype, reports: list[LayerReport]) -> Coverage:
+    """Return what became of every parameter."""
+    dtypes = {decision.fqn: decision.parameter.dtype for decision in settled.decisions}
+    noise = {report.fqn: report.sqnr_db for report in reports}
+    return recipe.explain(coverage(settled.resolved.name, settled.decisions, dtypes=dtypes, noise=noise, compute=compute))
 
 
 def _skipped(covered: Coverage) -> dict[str, str]:
@@ -196,14 +213,17 @@ def _skipped(covered: Coverage) -> dict[str, str]:
 
 
 @contextmanager
-def _interruptible(job: Job | None) -> Iterator[None]:
-    """Say how to go on when the user stops the run."""
+def _at_work(job: Job | None) -> Iterator[None]:
+    """Let others have the job's folder afterwards; say how to go on when the user stops the run."""
     try:
         yield
     except KeyboardInterrupt as error:
         done = len(job.finished) if job is not None else 0
         where = f"; {done} parts are finished in {job.folder}" if job is not None and done else ""
         raise Interrupted(f"interrupted{where}: the same command goes on from there, --restart begins anew.") from error
+    finally:
+        if job is not None:
+            job.release()
 
 
 def _record(loaded: Loaded) -> ResultRecord:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,27 +25,21 @@ from torch import Tensor, nn
 from llmq.algorithms.report import LayerReport
 from llmq.algorithms.statistics import Needs, Statistics
 from llmq.calibration.activations import Activations, activation_dtype
+from llmq.calibration.factors import FactorMemory, Factors, gather_factors
+from llmq.calibration.fisher import FisherSettings
 from llmq.calibration.gather import Moments, find_groups, gather
 from llmq.calibration.recorder import CalibrationSet
+from llmq.calibration.sharing import quantize_linears, refuse_shared
 from llmq.calibration.stages import BlockModel, InMemory, Keeper, Stage, block_model, stages_of
 from llmq.errors import SchemeError, TextError
-from llmq.numerics.grid import IntGrid
 from llmq.numerics.weight import QuantizedWeight
 from llmq.progress import SILENT, Progress
-from llmq.ranks import Ranks, assign
+from llmq.ranks import Ranks
 from llmq.results.coverage import Coverage
 from llmq.schemes.apply import NO_OVERRIDES, decide, plain_weight, quantized_parameter, wrap_floats_
 from llmq.schemes.base import ResolvedScheme
 from llmq.schemes.block import EMBEDDING, BlockWork
 from llmq.schemes.cover import Decision, coverage
-
-
-class Factors(Protocol):
-    """Where the Fisher factors of the linears are."""
-
-    def read(self, fqn: str) -> tuple[Tensor, Tensor]:
-        """Return H_I [K, K] and H_O [N, N] of a linear."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -103,6 +97,11 @@ def quantize_sequential(  # noqa: PLR0913 - what to apply, where, and how
     block_model(model)
     decisions = decide(model, resolved, skip=skip, skip_unfit=skip_unfit, overrides=overrides)
     dtypes = {decision.fqn: decision.parameter.dtype for decision in decisions}
+    settings = settings or WalkSettings()
+    factors = settings.factors or FactorMemory()
+    fisher = FisherSettings(activations=settings.activations, spill=settings.spill, ranks=settings.ranks)
+    gather_factors(model, decisions, calibration, factors, keeper=InMemory(), settings=fisher, progress=progress)
+    settings = replace(settings, factors=factors)
     reports = Walk(model, decisions, calibration, settings=settings).run(progress=progress)
     noise = {report.fqn: report.sqnr_db for report in reports}
     return coverage(resolved.name, decisions, dtypes=dtypes, noise=noise, compute=None), reports
@@ -134,6 +133,7 @@ class Walk:
         self.needs = _joined(decision for stage in self.stages for decision in stage.targets.values())
         if calibration is not None:
             _check_tokens(model, calibration)
+        refuse_shared((decision for stage in self.stages for decision in stage.targets.values()), self.settings.ranks)
         self._q: Activations | None = None
         self._f: Activations | None = None
         self._context: Any = None
@@ -151,7 +151,12 @@ class Walk:
         reports: list[LayerReport] = []
         names = list(dict.fromkeys(d.scheme.name for stage in self.stages for d in stage.targets.values() if d.scheme))
         with torch.no_grad(), progress.task(f"{', '.join(names) or 'copying'}, block by block", 3 * n * len(self.stages)) as go:
-            self._embed()
+            with self.settings.ranks.together():
+                self._embed()
+            if self.keeper.finished(EMBEDDING) is None:
+                self.keeper.close(EMBEDDING, [])
+            else:
+                self.keeper.leave(EMBEDDING)
             for stage in self.stages:
                 done = self.keeper.finished(stage.name)
                 reports += self._again(stage, done, go, n) if done is not None else self._first_time(stage, go, n)
@@ -181,10 +186,6 @@ class Walk:
             self._context = self.model.context(first.float())
             if self.needs & (Needs.UPSTREAM | Needs.TARGETS):
                 self._f = self._q.like(spill=self.settings.spill)
-        if self.keeper.finished(EMBEDDING) is None:
-            self.keeper.close(EMBEDDING, [])
-        else:
-            self.keeper.leave(EMBEDDING)
 
     def _again(self, stage: Stage, done: list[LayerReport], go: Callable[[int], None], n: int) -> list[LayerReport]:
         """Run the windows through a stage that was finished before."""
@@ -203,12 +204,13 @@ class Walk:
 
     def _first_time(self, stage: Stage, go: Callable[[int], None], n: int) -> list[LayerReport]:
         """Quantize a stage, close it, and run the windows through what it has become."""
-        self.keeper.open(stage.name)
-        if self._q is None or (stage.is_head and not stage.targets):
-            reports = self._quantize(stage, self._block_work(stage, stage.module, []), {}, go, n) if stage.targets else []
+        seen = self._q is not None and not (stage.is_head and not stage.targets)
+        with self.settings.ranks.together():
+            self.keeper.open(stage.name)
+            block, moments = self._see(stage, stage.float_copy(), go) if seen else (self._block_work(stage, stage.module, []), {})
+        if not seen:
             go(2 * n if stage.targets else 3 * n)
-        else:
-            reports = self._quantize_seen(stage, stage.float_copy(), go, n)
+        reports = self._quantize(stage, block, moments, go, n) if seen or stage.targets else []
         wrap_floats_([decision for decision in stage.decisions if decision.format is not None])
         if self._q is not None:
             if not stage.is_head:
@@ -218,8 +220,8 @@ class Walk:
         self.keeper.close(stage.name, reports)
         return reports
 
-    def _quantize_seen(self, stage: Stage, work: nn.Module, go: Callable[[int], None], n: int) -> list[LayerReport]:
-        """Quantize a stage with what its linears see."""
+    def _see(self, stage: Stage, work: nn.Module, go: Callable[[int], None]) -> tuple[BlockWork, dict[str, Moments]]:
+        """Run the windows of this process through a stage; return it with the moments that its linears need."""
         assert self._q is not None
         targets = list(stage.targets.values())
         needs = _joined(targets)
@@ -250,32 +252,17 @@ class Walk:
         originals = pairs.batches if pairs is not None else [None] * len(self._q.batches)
         going_on = f.batches if f is not None and pairs is f and not stage.is_head else None
         gather(linears, moments, run, list(zip(self._q.batches, originals, strict=True)), go, going_on)
-        return self._quantize(stage, block, moments, go, n)
+        return block, moments
 
     def _quantize(
         self, stage: Stage, block: BlockWork, moments: dict[str, Moments], go: Callable[[int], None], n: int
     ) -> list[LayerReport]:
         """Choose the codes of every linear of a stage, and put them into the model."""
-        ranks = self.settings.ranks
-        names = [name for group in block.groups for name in group] or list(stage.targets)
-        weights: dict[str, QuantizedWeight] = {}
-        reports: dict[str, LayerReport] = {}
-        for group in block.groups or [[name] for name in names]:
-            hessian, upstream = moments.pop(group[0]).reduce(ranks) if group[0] in moments else (None, None)
-            if hessian is not None and not torch.isfinite(hessian.diagonal()).all():
-                fqns = ", ".join(stage.targets[name].fqn for name in group)
-                raise SchemeError(f"the inputs of {fqns} are not finite during calibration; the model is broken already.")
-            owners = assign([float(block.linears[name].weight.numel()) for name in group], ranks.size)
-            for name, owner in zip(group, owners, strict=True):
-                decision = stage.targets[name]
-                weight = plain_weight(block.linears[name].weight)
-                if owner == ranks.rank:
-                    statistics = self._statistics(decision, hessian, upstream)
-                    assert decision.scheme is not None
-                    weights[name], reports[name] = decision.scheme.quantize_weight(weight, statistics, decision.fqn)
-            for name, owner in zip(group, owners, strict=True):
-                weights[name], reports[name] = self._from_owner(stage.targets[name], weights.get(name), reports.get(name), owner)
-        ordered = {name: weights[name] for name in names}
+        groups = block.groups or [[name] for name in stage.targets]
+        names = [name for group in groups for name in group]
+        ordered, reports = quantize_linears(
+            block.linears, groups, stage.targets, moments, self._quantize_one, self.settings.ranks
+        )
         if not stage.is_head:
             ordered = self._tune(stage, block, ordered, reports)
         for index, name in enumerate(names):
@@ -289,26 +276,11 @@ class Walk:
             go(n)
         return [reports[name] for name in names]
 
-    def _from_owner(
-        self, decision: Decision, weight: QuantizedWeight | None, report: LayerReport | None, owner: int
+    def _quantize_one(
+        self, decision: Decision, weight: Tensor, hessian: Tensor | None, upstream: Tensor | None
     ) -> tuple[QuantizedWeight, LayerReport]:
-        """Return a weight and its report as the process that made them has them."""
-        ranks = self.settings.ranks
-        if ranks.size > 1:
-            assert decision.format is not None
-            grid = decision.format.weight
-            assert isinstance(grid, IntGrid)
-            mine = ranks.rank == owner
-            data = ranks.json_from(report.to_json() if mine and report is not None else None, owner)
-            seconds = ranks.json_from(report.seconds if mine and report is not None else 0.0, owner)
-            n, k = decision.parameter.shape
-            weight = weight if mine and weight is not None else QuantizedWeight.empty(grid, n, k)
-            for tensor in weight.tensors:
-                ranks.tensor_from(tensor.view(-1).view(torch.uint8), owner)
-            report = report if mine else LayerReport.from_json(data, seconds=seconds)
-        assert weight is not None
-        assert report is not None
-        return weight, report
+        assert decision.scheme is not None
+        return decision.scheme.quantize_weight(weight, self._statistics(decision, hessian, upstream), decision.fqn)
 
     def _statistics(self, decision: Decision, hessian: Tensor | None, upstream: Tensor | None) -> Statistics | None:
         if hessian is None:

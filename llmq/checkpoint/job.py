@@ -4,28 +4,32 @@
     OUT.partial/parts/NAME.*         a part's tensors (.safetensors), and what else is known of it (.json), written last
     OUT.partial/factors/             statistics of the whole model, where a scheme needs them
     OUT.partial/artefact/            the result, put together from the parts; renamed to OUT when it is complete
+    OUT.partial/result.json          which result that is; from it a kill after the renaming is told from one before
+    OUT.partial/replaced             what OUT was before, with --force, until the result is in its place
 
-Every file is written under a temporary name and renamed when it is on the disk.
+Every file is written under a temporary name and renamed when it is on the disk. Without job.json the folder is rubbish.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from llmq.checkpoint.detect import open_checkpoint
-from llmq.checkpoint.manifest import Manifest, StoredFile
+from llmq.checkpoint.manifest import FILE_NAME, Manifest, StoredFile
 from llmq.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from llmq.checkpoint.source import Checkpoint
 from llmq.checkpoint.store import compare_stored, shard_names, write_descriptions, write_index
 from llmq.errors import OutputError, UsageError
-from llmq.files import check_absent, sha256_file
+from llmq.files import check_absent, lock_folder, sha256_file
 from llmq.model.config import LlamaConfig
 
 ONE_FILE_BYTES = 64 << 20
@@ -33,11 +37,12 @@ ONE_FILE_BYTES = 64 << 20
 
 
 class Job:
-    """The folder of one quantization.
+    """The folder of one quantization, which one process at a time works in.
 
     Attributes:
         out: what is to be made.
         folder: where it is being made.
+        placed: an earlier run of the same job got as far as putting the result in its place; only `clear_up` is left to do.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], *, force: bool, restart: bool = False) -> None:
@@ -50,25 +55,62 @@ class Job:
             restart: throw away what an earlier run has left.
 
         Raises:
-            OutputError: `out` exists and `force` is not set, or the folder cannot be made.
+            OutputError: `out` exists and `force` is not set, the folder cannot be made, or another process works in it.
             UsageError: what an earlier run left belongs to another job; names the differences.
         """
-        check_absent(out, force=force)
         self.out = out
         self.folder = out.with_name(f"{out.name}.partial")
         self._parts = self.folder / "parts"
-        if restart and self.folder.is_dir():
-            shutil.rmtree(self.folder)
+        self._checked: set[str] = set()
+        self._lock: int | None = None
+        self.placed = False
+        _refuse_foreign(self.folder)
         wanted = json.loads(json.dumps(identity))
-        file = self.folder / "job.json"
-        if file.is_file():
-            _check_same(json.loads(file.read_text(encoding="utf-8")), wanted, self.folder)
         try:
-            self._parts.mkdir(parents=True, exist_ok=True)
-            if not file.is_file():
-                _write_text(file, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise self._failed("job.json", error) from error
+            if not self.folder.is_dir():
+                check_absent(out, force=force)
+                self.folder.mkdir(parents=True)
+            self._lock = lock_folder(self.folder)
+            self._begin(wanted, force=force, restart=restart)
+        except BaseException as error:
+            self.release()
+            with suppress(OSError):
+                self.folder.rmdir()  # where there is nothing in it
+            if isinstance(error, OSError):
+                raise self._failed("job.json", error) from error
+            raise
+
+    def _begin(self, wanted: dict[str, Any], *, force: bool, restart: bool) -> None:
+        file, replaced = self.folder / "job.json", self.folder / "replaced"
+        if replaced.exists() and not self.out.exists():
+            replaced.rename(self.out)  # killed between the two renamings: the result's folder is still here
+        found = _read_json(file)
+        placed = self._is_placed()
+        if placed and found == wanted and not restart:
+            self.placed = True
+            return
+        if placed:
+            self._empty()
+        check_absent(self.out, force=force)
+        if found is not None and not restart and not placed:
+            _check_same(found, wanted, self.folder)
+            self._parts.mkdir(exist_ok=True)
+            return
+        file.unlink(missing_ok=True)  # first: parts of another job must never be taken for this one's
+        self._empty()
+        self._parts.mkdir()
+        _write_json(file, wanted)
+
+    def _is_placed(self) -> bool:
+        result = _read_json(self.folder / "result.json")
+        manifest = self.out / FILE_NAME
+        return result is not None and manifest.is_file() and sha256_file(manifest) == result["manifest_sha256"]
+
+    def release(self) -> None:
+        """Let other processes work in the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     @property
     def finished(self) -> list[str]:
@@ -86,8 +128,10 @@ class Job:
             return None
         entry: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         weights = self._weights(part)
-        if not weights.is_file() or sha256_file(weights) != entry["sha256"]:
-            raise OutputError(f"{weights} is not what was written there; begin anew with --restart.")
+        if part not in self._checked:
+            if not weights.is_file() or sha256_file(weights) != entry["sha256"]:
+                raise OutputError(f"{weights} is not what was written there; begin anew with --restart.")
+            self._checked.add(part)
         return entry
 
     def tensors(self, part: str) -> dict[str, Tensor]:
@@ -111,7 +155,8 @@ class Job:
             file.release()
             temporary.replace(weights)
             entry = {"sha256": sha256_file(weights), "nbytes": weights.stat().st_size, **facts}
-            _write_text(self._parts / f"{part}.json", json.dumps(entry, ensure_ascii=False))
+            _write_json(self._parts / f"{part}.json", entry)
+            self._checked.add(part)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise self._failed(weights.name, error) from error
@@ -128,9 +173,9 @@ class Job:
         Raises:
             OutputError: the disk is full, or the result does not open.
         """
-        artefact = self.folder / "artefact"
+        artefact, replaced = self.folder / "artefact", self.folder / "replaced"
         try:
-            shutil.rmtree(artefact, ignore_errors=True)
+            _remove(artefact)
             artefact.mkdir()
             files = self._gather_weights(artefact, parts)
             write_descriptions(artefact, manifest.model_copy(update={"weights": files}), config, source)
@@ -138,17 +183,31 @@ class Job:
             for path in artefact.iterdir():
                 path.chmod(0o666 & ~_umask())
                 _sync(path)
+            _sync(artefact)
+            _write_json(self.folder / "result.json", {"manifest_sha256": sha256_file(artefact / FILE_NAME)})
             if self.out.exists():
-                aside = self.out.with_name(f".{self.out.name}.{os.getpid()}.old")
-                self.out.rename(aside)
-                artefact.rename(self.out)
-                shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
-            else:
-                artefact.rename(self.out)
-            shutil.rmtree(self.folder)
+                _remove(replaced)
+                self.out.rename(replaced)
+            artefact.rename(self.out)
+            _sync(self.out.parent)
         except OSError as error:
+            shutil.rmtree(artefact, ignore_errors=True)  # it may be what fills the disk
             raise self._failed("the result", error) from error
+        return self.clear_up()
+
+    def clear_up(self) -> Checkpoint:
+        """Remove the folder of a job whose result is in its place; return the result, opened."""
+        with suppress(OSError):  # the result is there, whatever may be left
+            self._empty()
+            self.folder.rmdir()
+        self.release()
         return open_checkpoint(self.out)
+
+    def _empty(self) -> None:
+        """Remove what is in the folder; last what says that the result is in its place, so that a kill changes nothing."""
+        last = ("job.json", "result.json")
+        for path in sorted(self.folder.iterdir(), key=lambda path: last.index(path.name) + 1 if path.name in last else 0):
+            _remove(path)
 
     def _gather_weights(self, artefact: Path, parts: list[str]) -> dict[str, StoredFile]:
         held = {part: SafetensorsFile(self._weights(part)) for part in parts}
@@ -163,8 +222,7 @@ class Job:
         names = shard_names(len(parts))
         files = {}
         for part, name in zip(parts, names, strict=True):
-            # a second name of the same bytes: the part stays finished until the whole result is in its place
-            os.link(self._weights(part), artefact / name)
+            _link(self._weights(part), artefact / name)
             entry = self.entry(part)
             assert entry is not None
             files[name] = StoredFile(sha256=entry["sha256"], nbytes=entry["nbytes"])
@@ -195,16 +253,55 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def _write_text(path: Path, text: str) -> None:
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse a folder that holds what no job made: rubbish of a job is removed, and that would be too."""
+    own = {"job.json", "parts", "factors", "artefact", "result.json", "replaced"}
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file, and the place of unfinished work; choose another --out.")
+    foreign = [p.name for p in folder.iterdir() if p.name.removesuffix(".tmp") not in own] if folder.is_dir() else []
+    if foreign:
+        raise OutputError(f"{folder} holds {foreign[0]}, which llmq did not put there; move it away, or choose another --out.")
+
+
+def _link(path: Path, other: Path) -> None:
+    """Give the same bytes a second name, so that a part stays finished until the whole result is in its place."""
+    try:
+        os.link(path, other)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        shutil.copyfile(path, other)  # not every file system has hard links
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     _sync(temporary)
     temporary.replace(path)
+    _sync(path.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """See to it that a file, or the names in a folder, outlast a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

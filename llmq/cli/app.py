@@ -9,11 +9,13 @@ import typer
 from typer.core import TyperGroup
 
 from llmq import __version__
+from llmq.cli import processes
 from llmq.errors import LlmqError
 
 EXIT_CODES = (
     "Exit codes: 0 done · 1 internal error · 2 wrong usage · 3 a file cannot be used · 4 the scheme does not fit the model · "
-    "5 a kernel cannot run here · 6 the output exists or cannot be written · 130 interrupted."
+    "5 a kernel cannot run here · 6 the output exists or cannot be written · 7 another process of several ended · "
+    "130 interrupted."
 )
 
 
@@ -31,9 +33,9 @@ class ErrorHandlingGroup(TyperGroup):
         except LlmqError as error:
             if ctx.params.get("debug"):
                 raise
-            _fail(str(error), error.exit_code)
+            _fail(str(error), error.exit_code, speaks=processes.speaks())  # the others know the same
         except KeyboardInterrupt:
-            _fail("interrupted; nothing half-written was left behind.", 130)
+            _fail("interrupted; nothing half-written was left behind.", 130, speaks=processes.speaks())
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output has gone (`| head`): nobody to tell
             raise SystemExit(0) from None
@@ -43,12 +45,14 @@ class ErrorHandlingGroup(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             what = str(error).strip().split("\n")[0] or type(error).__name__
-            _fail(f"internal error ({type(error).__name__}): {what}. Run the same with `llmq --debug …` for the traceback.", 1)
+            debug = "Run the same with `llmq --debug …` for the traceback."
+            _fail(f"{processes.name()}internal error ({type(error).__name__}): {what}. {debug}", 1)
 
 
-def _fail(message: str, code: int) -> None:
-    typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
-    typer.echo(message, err=True)
+def _fail(message: str, code: int, *, speaks: bool = True) -> None:
+    if speaks:
+        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        typer.echo(message, err=True)
     raise SystemExit(code)
 
 
@@ -84,10 +88,10 @@ def _root(
 
 
 # Importing a command's module registers it; none of them imports torch before it runs.
-from llmq.cli import bench, compare, evaluate, inspect, quantize, report, system  # noqa: E402
+from llmq.cli import bench, compare, evaluate, inspect, plan, quantize, report, system  # noqa: E402
 
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.add_typer(report_app, name="report")
-for register in (compare, quantize, inspect, evaluate, bench, report, system):
+for register in (compare, quantize, plan, inspect, evaluate, bench, report, system):
     register.register(app, {"eval": eval_app, "bench": bench_app, "report": report_app}.get(register.GROUP, app))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmq.cli import processes
 from llmq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ Model = Annotated[
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.", rich_help_panel=RUNNING)]
 Dtype = Annotated[str, typer.Option("--dtype", help="Compute dtype: bf16, fp16 or fp32.", rich_help_panel=RUNNING)]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads; default: all cores.", rich_help_panel=RUNNING)
+    int | None, typer.Option("--threads", min=1, help="CPU threads of a process; default: all cores.", rich_help_panel=RUNNING)
 ]
 Kernel = Annotated[
     str | None,
@@ -53,6 +54,16 @@ Runtime = Annotated[
         help="What runs the forward pass: native is one call of the native library, torch one operator after the other.",
         rich_help_panel=RUNNING,
     ),
+]
+Activations = Annotated[
+    str,
+    typer.Option(
+        "--activations", metavar="bf16|fp32", help="Hidden states between blocks while quantizing.", rich_help_panel=RUNNING
+    ),
+]
+Spill = Annotated[
+    Path | None,
+    typer.Option("--spill", metavar="FOLDER", help="Keep hidden states on this disk, not in memory.", rich_help_panel=RUNNING),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.", rich_help_panel=RUNNING)]
 
@@ -202,9 +213,13 @@ def setup(
     *,
     kv_cache: str = "auto",
     runtime: str = "auto",
+    several: bool = False,
 ) -> Setup:
-    """Gather the options of the panel 'How it runs'."""
+    """Gather the options of the panel 'How it runs'; refuse several processes unless the command shares its work."""
     from llmq.api.loading import Setup
+
+    if not several:
+        processes.refuse_several()
 
     return Setup(device=device, dtype=dtype, threads=threads, kernel=kernel, seed=seed, kv_cache=kv_cache, runtime=runtime)
 

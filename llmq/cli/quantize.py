@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from llmq.cli import options as o
+from llmq.cli import processes
 
 GROUP = ""
 
@@ -47,16 +48,8 @@ def quantize(
         bool,
         typer.Option("--restart", help="Throw away what an unfinished run left in OUT.partial.", rich_help_panel=o.OUTPUT),
     ] = False,
-    activations: Annotated[
-        str,
-        typer.Option("--activations", metavar="bf16|fp32", help="Hidden states between blocks.", rich_help_panel=o.RUNNING),
-    ] = "bf16",
-    spill: Annotated[
-        Path | None,
-        typer.Option(
-            "--spill", metavar="FOLDER", help="Keep hidden states on this disk, not in memory.", rich_help_panel=o.RUNNING
-        ),
-    ] = None,
+    activations: o.Activations = "bf16",
+    spill: o.Spill = None,
     dtype: o.Dtype = "bf16",
     threads: o.Threads = None,
     seed: o.Seed = 0,
@@ -78,13 +71,13 @@ def quantize(
     )
     recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head, overrides=override)
     assert recipe is not None
-    setup = o.setup("cpu", dtype, threads, None, seed)
+    setup = o.setup("cpu", dtype, threads, None, seed, several=not dry_run)
     if dry_run:
-        render.plan(plan_quantization(model, recipe, setup), json=json)
+        render.plan(plan_quantization(model, recipe, setup, activations=activations, spill=spill), json=json)
         return
     if out is None:
         raise UsageError("nowhere to write to: name a folder with --out, or ask for the plan with --dry-run.")
-    with render.reporting(quiet=json) as progress:
+    with processes.shared(), render.reporting(quiet=json or not processes.speaks()) as progress:
         how = Running(force=force, restart=restart, strict=strict, activations=activations, spill=spill)
         result = quantize_checkpoint(model, recipe, setup, out, how=how, progress=progress)
     if result is None:  # another process of several prints and records
