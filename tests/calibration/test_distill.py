@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from rank_threads import on_threads
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -172,7 +173,7 @@ def test_gradients_add_up(original: Llama, tokens: Tensor) -> None:
         assert (one.grad - other.grad).norm() <= 40 * CONFIG.vocab_size * UNIT_ROUNDOFF * one.grad.norm()
 
 
-SETTINGS = DistillSettings(epochs=6, batch=5, rate=3e-3, zero_rate=3e-2, held_out=0.25, evaluations=4, hold=True)
+SETTINGS = DistillSettings(epochs=3, batch=5, rate=6e-3, zero_rate=6e-2, held_out=0.25, evaluations=4, hold=True)
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +186,8 @@ def test_it_pays_and_the_report_says_what_is_stored(original: Llama, tokens: Ten
     held = tokens[30:]
     start = kl(original, plain(original, codes_of(quantized(original)), {}), held)
     stored = kl(original, plain(original, distilled.weights, distilled.norms), held)
-    assert (report.windows, report.held_out, report.steps) == (30, 10, 36)
-    assert [look.step for look in report.evaluations] == [0, 9, 18, 27, 36]
+    assert (report.windows, report.held_out, report.steps) == (30, 10, 18)
+    assert [look.step for look in report.evaluations] == [0, 4, 9, 14, 18]
     assert report.evaluations[0].held_out_kl == pytest.approx(start, rel=1e-3)
     assert report.evaluations[report.best].held_out_kl == pytest.approx(stored, rel=1e-3)
     assert stored < 0.9 * start
@@ -208,6 +209,19 @@ def test_the_same_run_gives_the_same_bytes(original: Llama, tokens: Tensor, dist
     assert again.report.to_json() == distilled.report.to_json()
     for name, weight in again.weights.items():
         assert all(torch.equal(a, b) for a, b in zip(weight.tensors, distilled.weights[name].tensors, strict=True))
+
+
+def test_processes_share_windows_and_get_the_same_weights(original: Llama, tokens: Tensor, distilled: Distilled) -> None:
+    """Sums in another order are other numbers in their last bits, and rounding to bf16 makes steps of them here and there; so
+    what is compared with one process is what it measures."""
+    found = on_threads(2, lambda r: distill(quantized(original), original, tokens, settings=replace(SETTINGS, ranks=r)))
+    for one in found:
+        assert one.report.to_json() == found[0].report.to_json()
+        for name, weight in one.weights.items():
+            assert all(torch.equal(a, b) for a, b in zip(weight.tensors, found[0].weights[name].tensors, strict=True))
+    for mine, its in zip(found[0].report.evaluations, distilled.report.evaluations, strict=True):
+        assert mine.step == its.step
+        assert mine.held_out_kl == pytest.approx(its.held_out_kl, rel=0.02)
 
 
 class Notes(Silent):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rank_threads import on_threads
 from torch import Tensor, nn
 
 from llmq.algorithms.fisher import (
@@ -206,8 +207,21 @@ def test_states_that_are_computed_again_are_the_same_bits(llama: Llama, tokens: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_windows_may_be_shared_out(llama: Llama, tokens: Tensor) -> None:
-    """Sums over two parts of the tokens, added, give what one process gives."""
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_share_windows_and_get_the_same_factors(llama: Llama, tokens: Tensor, size: int) -> None:
+    names = linears_of(llama)[:9]
+    whole = collect(llama, tokens, names, replace(FP32, rounds=2))
+    found = on_threads(size, lambda ranks: collect(llama, tokens, names, replace(FP32, rounds=2, ranks=ranks)))
+    for name in names:
+        for one in found:
+            assert torch.equal(one[name].inputs, found[0][name].inputs)
+            assert torch.equal(one[name].outputs, found[0][name].outputs)
+            assert relative(one[name].inputs, whole[name].inputs.double()) < 40 * CONFIG.vocab_size * UNIT_ROUNDOFF
+            assert relative(one[name].outputs, whole[name].outputs.double()) < 40 * CONFIG.vocab_size * UNIT_ROUNDOFF
+
+
+def test_sums_of_tokens_may_be_added() -> None:
+    """Sums over two parts of the tokens, added, give what one sum gives."""
     generator = torch.Generator().manual_seed(0)
     x, g = torch.randn(30, 5, generator=generator), torch.randn(30, 4, generator=generator)
     before = FisherFactors(torch.eye(5) * 3, torch.eye(4) + 0.1)
