@@ -85,14 +85,14 @@ class Job:
         if replaced.exists() and not self.out.exists():
             replaced.rename(self.out)  # killed between the two renamings: the result's folder is still here
         found = _read_json(file)
-        placed = self._is_placed()
-        if placed and found == wanted and not restart:
+        placed = self._placed()
+        if placed == wanted and not restart:
             self.placed = True
             return
-        if placed:
+        if placed is not None:
             self._empty()
         check_absent(self.out, force=force)
-        if found is not None and not restart and not placed:
+        if found is not None and not restart and placed is None:
             _check_same(found, wanted, self.folder)
             self._parts.mkdir(exist_ok=True)
             return
@@ -101,10 +101,14 @@ class Job:
         self._parts.mkdir()
         _write_json(file, wanted)
 
-    def _is_placed(self) -> bool:
+    def _placed(self) -> dict[str, Any] | None:
+        """Return the identity of the job whose result is in its place, if there is one."""
         result = _read_json(self.folder / "result.json")
         manifest = self.out / FILE_NAME
-        return result is not None and manifest.is_file() and sha256_file(manifest) == result["manifest_sha256"]
+        if result is None or not manifest.is_file() or sha256_file(manifest) != result["manifest_sha256"]:
+            return None
+        identity: dict[str, Any] = result["job"]
+        return identity
 
     def release(self) -> None:
         """Let other processes work in the folder."""
@@ -184,7 +188,8 @@ class Job:
                 path.chmod(0o666 & ~_umask())
                 _sync(path)
             _sync(artefact)
-            _write_json(self.folder / "result.json", {"manifest_sha256": sha256_file(artefact / FILE_NAME)})
+            job = _read_json(self.folder / "job.json")
+            _write_json(self.folder / "result.json", {"manifest_sha256": sha256_file(artefact / FILE_NAME), "job": job})
             if self.out.exists():
                 _remove(replaced)
                 self.out.rename(replaced)
@@ -205,8 +210,7 @@ class Job:
 
     def _empty(self) -> None:
         """Remove what is in the folder; last what says that the result is in its place, so that a kill changes nothing."""
-        last = ("job.json", "result.json")
-        for path in sorted(self.folder.iterdir(), key=lambda path: last.index(path.name) + 1 if path.name in last else 0):
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "result.json"):
             _remove(path)
 
     def _gather_weights(self, artefact: Path, parts: list[str]) -> dict[str, StoredFile]:
