@@ -96,7 +96,7 @@ class JobKeeper:
         known: dict[str, Any] | None = self.ranks.json_from(mine, 0)
         return known
 
-    def _names(self, part: str) -> list[str]:
+    def names(self, part: str) -> list[str]:
         """Names of the parameters that are stored for a part: a tied head only where it is its own now."""
         names = list(self.parts.parts[part])
         head = self.parts.model.lm_head.weight
@@ -110,7 +110,7 @@ class JobKeeper:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         tensors: dict[str, Tensor] = {}
         formats: dict[str, Any] = {}
-        for name in self._names(part):
+        for name in self.names(part):
             own, form = stored_parameter(name, parameters[name], model.dtype)
             tensors |= own
             if form is not None:

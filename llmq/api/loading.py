@@ -12,6 +12,7 @@ import torch
 
 from llmq.algorithms.report import LayerReport
 from llmq.api.calibrating import calibration_set
+from llmq.api.distilling import distill_model, distill_settings
 from llmq.api.recipes import Recipe, settle
 from llmq.api.sizes import Size, size_of
 from llmq.calibration.recorder import CalibrationSet
@@ -89,6 +90,7 @@ class Loaded:
     choices: list[KernelChoice] = field(default_factory=list)
     calibration: CalibrationSet | None = None
     overrides: tuple[Override, ...] = ()
+    distillation: dict[str, Any] | None = None
 
     @cached_property
     def size(self) -> Size:
@@ -212,6 +214,10 @@ def apply_recipe(loaded: Loaded, recipe: Recipe, *, progress: Progress = SILENT)
         )
         loaded.calibration = calibration
         covered, loaded.reports = quantize_sequential(loaded.model, resolved, calibration, progress=progress, **how)
+        distilling = distill_settings(settled.decisions, seed=loaded.setup.seed)
+        if distilling is not None:
+            original = load_model(loaded.checkpoint, dtype=loaded.setup.torch_dtype)
+            loaded.distillation = distill_model(loaded.model, original, calibration.tokens, distilling, progress=progress)
     else:
         covered = quantize_(loaded.model, resolved, dtype=loaded.setup.torch_dtype, **how)
     loaded.coverage = recipe.explain(covered)

@@ -1,26 +1,31 @@
-"""What a quantization would do, from the checkpoint's headers alone: no weight is read."""
+"""What a quantization would do and need, from the checkpoint's headers; its time, from the first block."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmq.api.calibrating import DEFAULT_WINDOWS, context_window
+from llmq.api.footprint import peak_parts
 from llmq.api.loading import Setup
 from llmq.api.recipes import Recipe, settle
+from llmq.api.timing import Timing, measure_time
+from llmq.calibration.activations import activation_dtype
 from llmq.checkpoint import open_checkpoint
 from llmq.errors import UsageError
 from llmq.model.kv_cache import kv_bytes_per_token, kv_name
 from llmq.model.llama import Llama
+from llmq.progress import SILENT, Progress
 from llmq.results.coverage import Coverage
 from llmq.schemes.cover import coverage
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every weight as it would be stored, the totals, and the memory that quantizing would need at most."""
+    """Every weight as it would be stored, the totals, and the memory and time that quantizing would take."""
 
     model: str
     scheme: str
@@ -30,6 +35,8 @@ class Plan:
     peak_bytes: int
     peak_parts: dict[str, int]
     """What `peak_bytes` is the sum of."""
+    timing: Timing | None
+    """None where nothing was measured."""
     context_tokens: int
     kv_bytes_per_token: dict[str, int]
     """What a token of a sequence takes in a KV cache of the compute dtype, and of int8, by the cache's name."""
@@ -38,11 +45,31 @@ class Plan:
         """Plain data."""
         own = ("model", "scheme", "options", "source_bytes", "peak_bytes", "peak_parts", "context_tokens", "kv_bytes_per_token")
         totals = {"total_bytes": self.coverage.nbytes, "bits_per_weight": self.coverage.bits_per_weight}
-        return {name: getattr(self, name) for name in own} | totals | {"weights": self.coverage.to_json()["rows"]}
+        timing = asdict(self.timing) | {"total": self.timing.total} if self.timing is not None else None
+        own_values = {name: getattr(self, name) for name in own}
+        return own_values | totals | {"seconds": timing} | {"weights": self.coverage.to_json()["rows"]}
 
 
-def plan_quantization(path: str, recipe: Recipe, setup: Setup) -> Plan:
-    """Predict what `quantize_checkpoint` would write.
+def plan_quantization(
+    path: str,
+    recipe: Recipe,
+    setup: Setup,
+    *,
+    activations: str = "bf16",
+    spill: Path | None = None,
+    measure: bool = False,
+    progress: Progress = SILENT,
+) -> Plan:
+    """Predict what `quantize_checkpoint` would write and need.
+
+    Args:
+        path: the checkpoint.
+        recipe: see `quantize_checkpoint`.
+        setup: see `quantize_checkpoint`.
+        activations: see `WalkSettings`.
+        spill: see `WalkSettings`.
+        measure: quantize the first block in a temporary folder, to predict the time; otherwise no weight is read.
+        progress: told of what is measured.
 
     Raises:
         CheckpointError: the checkpoint cannot be opened.
@@ -60,16 +87,21 @@ def plan_quantization(path: str, recipe: Recipe, setup: Setup) -> Plan:
     dtypes = {decision.fqn: decision.parameter.dtype for decision in settled.decisions}
     planned = coverage(resolved.name, settled.decisions, dtypes=dtypes, noise={}, compute=dtype)
     covered = recipe.explain(planned)
-    parts = {
-        "the result": covered.nbytes,
-        "fp32 copies of the largest weight": 3 * 4 * max(row.elements for row in covered.rows),
-    }
+    tokens = 0
     if settled.needs_calibration:
-        config, source = checkpoint.config, recipe.calibration
-        tokens = (source.windows or DEFAULT_WINDOWS) * (source.length or context_window(config))
-        widest = max(row.shape[-1] for row in covered.quantized)
-        parts["calibration activations"] = 2 * tokens * config.hidden_size * torch.float32.itemsize
-        parts["Hessian of the widest linear and its factors"] = 4 * widest * widest * torch.float64.itemsize
+        source = recipe.calibration
+        tokens = (source.windows or DEFAULT_WINDOWS) * (source.length or context_window(checkpoint.config))
+    parts = peak_parts(
+        checkpoint.config,
+        settled.decisions,
+        tokens=tokens,
+        itemsize=activation_dtype(activations).itemsize,
+        spilled=spill is not None,
+        source_itemsize=dtype.itemsize,
+    )
+    timing = None
+    if measure:
+        timing = measure_time(checkpoint, recipe, setup, activations=activations, spill=spill, progress=progress)
     return Plan(
         model=path,
         scheme=resolved.name,
@@ -78,6 +110,7 @@ def plan_quantization(path: str, recipe: Recipe, setup: Setup) -> Plan:
         source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         peak_bytes=sum(parts.values()),
         peak_parts=parts,
+        timing=timing,
         context_tokens=checkpoint.config.max_position_embeddings,
         kv_bytes_per_token={kv_name(each): kv_bytes_per_token(checkpoint.config, each) for each in (dtype, torch.int8)},
     )

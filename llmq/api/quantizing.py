@@ -14,6 +14,7 @@ import torch
 from llmq import __version__
 from llmq.algorithms.report import LayerReport
 from llmq.api.calibrating import OverlapCheck, calibration_json, calibration_set, check_overlap
+from llmq.api.distilling import second_name
 from llmq.api.keeping import JobKeeper
 from llmq.api.loading import Loaded, Setup
 from llmq.api.phases import run_phases
@@ -153,6 +154,7 @@ def _manifest(loaded: Loaded, recipe: Recipe, seen: CalibrationSet | None, check
         scheme=loaded.scheme,
         options=loaded.resolved.options_json(),
         overrides=[override.to_json() for override in recipe.overrides],
+        allocation=None if recipe.allocation is None else dict(recipe.allocation),
         source={"name": loaded.name, "format": loaded.checkpoint.format, "sha256": loaded.checkpoint.sha256},
         calibration=calibration_json(seen.info, check) if seen and check else None,
         tokenizer_sha256=loaded.tokenizer.sha256,
@@ -184,10 +186,13 @@ def _finish(job: Job, keeper: JobKeeper, manifest: Manifest, reports: list[Layer
     """Put the finished parts together."""
     names = list(keeper.parts.parts)
     formats: dict[str, dict[str, Any]] = {}
+    distilled = all(job.entry(second_name(part)) is not None for part in names)
+    names = [second_name(part) for part in names] if distilled else names
     for part in names:
         entry = job.entry(part)
         assert entry is not None
         formats |= entry["formats"]
+        manifest = manifest.model_copy(update={"distillation": entry.get("distillation")})
     config = keeper.parts.checkpoint.config
     if config.tie_word_embeddings and isinstance(format_from_json(formats["lm_head"]).weight, IntGrid):
         config = replace(config, tie_word_embeddings=False)  # the head was quantized, and is no longer the embedding

@@ -40,6 +40,7 @@ class Manifest(BaseModel):
     overrides: list[dict[str, Any]] = Field(
         default_factory=list, description="other schemes of some linears: pattern, scheme, options"
     )
+    allocation: dict[str, Any] | None = Field(None, description="the budget that overrides were solved for, and from what")
     source: dict[str, Any] = Field(default_factory=dict, description="of the original checkpoint: name, format, sha256 …")
     calibration: dict[str, Any] | None = Field(None, description="text, hashes, windows, length, seed; None: none was used")
     tokenizer_sha256: str | None = None
@@ -48,6 +49,8 @@ class Manifest(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict, description="package -> version")
     skipped: dict[str, str] = Field(default_factory=dict, description="linear that was not quantized -> why")
     layers: list[dict[str, Any]] = Field(default_factory=list, description="a report for each quantized linear")
+
+    distillation: dict[str, Any] | None = Field(None, description="how the whole model was distilled; None: it was not")
 
     dtype: ScaleDtype | None = Field(None, description="compute dtype; filled in by save_model")
     formats: dict[str, dict[str, Any]] = Field(

@@ -79,6 +79,10 @@ class Scheme(ABC, Generic[OptionsT]):
         """Return the rounds of power iteration for Fisher factors, where `needs` has them."""
         return 1
 
+    def distillation(self, options: OptionsT) -> dict[str, Any] | None:  # noqa: ARG002
+        """Return how the quantized model is distilled at the end (fields of `calibration.distill.DistillSettings`), or None."""
+        return None
+
     def prepares(self, options: OptionsT) -> bool:  # noqa: ARG002
         """Return whether `prepare_block` does something under these options."""
         return False
@@ -172,6 +176,11 @@ class ResolvedScheme:
     def fisher_rounds(self) -> int:
         """See `Scheme.fisher_rounds`."""
         return self.scheme.fisher_rounds(self.options)
+
+    @property
+    def distillation(self) -> dict[str, Any] | None:
+        """See `Scheme.distillation`."""
+        return self.scheme.distillation(self.options)
 
     @property
     def prepares(self) -> bool:

@@ -17,6 +17,7 @@ COMMANDS = [
     ["compare"],
     ["demo"],
     ["quantize"],
+    ["plan"],
     ["calibrate"],
     ["generate"],
     ["inspect"],

@@ -145,3 +145,12 @@ def size(value: int | float) -> str:
         if value >= factor:
             return f"{value / factor:.3g} {unit}" if value / factor < 100 else f"{value / factor:.0f} {unit}"
     return f"{value:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Write a time span with two units, such as '3 min 20 s'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

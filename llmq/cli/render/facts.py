@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmq.cli.render.console import grid, print_json, show, stdout
+from llmq.cli.render.console import duration, grid, print_json, show, stdout
 from llmq.results.figures import plain, size
 
 if TYPE_CHECKING:
@@ -129,12 +129,27 @@ def plan(planned: Plan, *, json: bool) -> None:
         print_json(planned.to_json())
         return
     coverage(planned.coverage)
-    parts = ", ".join(f"{size(nbytes)} {what}" for what, nbytes in planned.peak_parts.items())
+    show(
+        grid(
+            [("what", "left"), ("peak memory", "right")],
+            [[what, size(nbytes)] for what, nbytes in [*planned.peak_parts.items(), ("together, about", planned.peak_bytes)]],
+        ),
+        title="Memory while quantizing",
+    )
     bits = planned.coverage.bits_per_weight
+    options = ", ".join(f"{key} {value}" for key, value in planned.options.items())
     stdout().print(
-        f"\n{planned.model} with {planned.scheme} {planned.options or ''}: {size(planned.source_bytes)} now, "
-        f"{size(planned.coverage.nbytes)} then{f', {bits:.3f} bits per weight' if bits else ''}; "
-        f"peak memory about {size(planned.peak_bytes)} ({parts}) besides the program. Nothing was read or written.",
+        f"\n[bold]{planned.model}[/bold] with {planned.scheme}{f' ({options})' if options else ''}: "
+        f"{size(planned.source_bytes)} now, {size(planned.coverage.nbytes)} then"
+        f"{f', {bits:.3f} bits per weight in quantized linears' if bits else ''}.",
+        soft_wrap=True,
+    )
+    timing = planned.timing
+    stdout().print(
+        f"Time: about {duration(timing.total)}, {timing.start:.1f} s to begin and to end and {timing.block:.1f} s for each of "
+        f"{timing.blocks} blocks, as measured on the first."
+        if timing is not None
+        else "No weight was read; `llmq plan --measure` times the first block.",
         soft_wrap=True,
     )
     caches = [
