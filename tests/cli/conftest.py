@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from cli_runs import run_llmq
+from jobs import shortened
 
 SAMPLE = Path(__file__).parent.parent.parent / "llmq" / "assets" / "sample"
 
@@ -35,3 +36,9 @@ def int4_artefact(wt2_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("artefact") / "int4"
     run_llmq("quantize", wt2_8m, "--scheme", "int4", "-S", "group_size=32", "-o", out)
     return out
+
+
+@pytest.fixture(scope="session")
+def short_model(wt2_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first blocks of the bundled checkpoint."""
+    return shortened(wt2_8m, tmp_path_factory.mktemp("short") / "wt2-short")
