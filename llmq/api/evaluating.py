@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from llmq.api.loading import Loaded, Setup, open_model
 from llmq.api.recipes import HEAD, Recipe, linear_fqns
@@ -22,6 +25,7 @@ from llmq.files import check_absent
 from llmq.model.kv_cache import AUTO, kv_name
 from llmq.ops.usage import record_usage
 from llmq.progress import SILENT, Progress
+from llmq.ranks import join_ranks
 from llmq.results.record import Protocol, ResultRecord
 
 
@@ -82,39 +86,70 @@ def evaluate_model(
         question: text and protocol.
         reference: another checkpoint, run in the same dtype on the same tokens, with a KV cache in its own dtype.
         files: losses to write, and to compare with.
-        progress: is told how far it is.
+        progress: is told how far it is, in the first process of several.
+
+    Under `torchrun` the windows are shared by its processes. All of them get the same result; the first writes the files.
     """
     setup, question, files = setup or Setup(), question or Question(), files or EvaluationFiles()
-    if files.losses:
-        check_absent(files.losses, force=files.force)
-    earlier = load_losses(files.versus) if files.versus else None
-    text = question.read()
-    loaded = open_model(path, recipe, setup, progress=progress)
-    protocol = question.resolve(loaded.model.config.max_position_embeddings)
-    if reference is None:
-        with record_usage() as usage:
-            perplexity = evaluate_perplexity(scored(loaded), loaded.tokenizer, text, protocol, progress=progress)
-        against = None
-    else:
-        other = open_model(reference, None, replace(setup, kv_cache=AUTO), progress=progress)
-        if other.model.config.vocab_size != loaded.model.config.vocab_size:
+    ranks = join_ranks(setup.device)
+    progress = progress if ranks.first else SILENT
+    with ranks.together():
+        if files.losses and ranks.first:
+            check_absent(files.losses, force=files.force)
+        earlier = load_losses(files.versus) if files.versus and ranks.first else None
+        text = question.read()
+        loaded = open_model(path, recipe, setup, progress=progress)
+        protocol = question.resolve(loaded.model.config.max_position_embeddings)
+        other = open_model(reference, None, replace(setup, kv_cache=AUTO), progress=progress) if reference else None
+        if other is not None and other.model.config.vocab_size != loaded.model.config.vocab_size:
             raise UsageError(
                 f"{path} and the reference {reference} have vocabularies of {loaded.model.config.vocab_size} and "
                 f"{other.model.config.vocab_size} tokens; a divergence is only defined between models of one vocabulary."
             )
-        with (
-            ReferenceLogits(other.runner, other.tokenizer, text, protocol, budget_bytes=0) as logits,
-            record_usage() as usage,
-        ):
-            both = evaluate_candidate(scored(loaded), loaded.tokenizer, text, protocol, reference=logits, progress=progress)
-        perplexity, against = both.perplexity, (both.divergence, other)
+    ranks.check_same(_facts(loaded, other, text, protocol))
+    against = None
+    with record_usage() as usage:
+        if other is None:
+            perplexity = evaluate_perplexity(scored(loaded), loaded.tokenizer, text, protocol, ranks=ranks, progress=progress)
+        else:
+            with ReferenceLogits(other.runner, other.tokenizer, text, protocol, budget_bytes=0) as logits:
+                both = evaluate_candidate(
+                    scored(loaded), loaded.tokenizer, text, protocol, reference=logits, ranks=ranks, progress=progress
+                )
+            perplexity, against = both.perplexity, (both.divergence, other)
+    kernels: dict[str, int] = {}
+    for used in ranks.gather_json(usage.linears()):
+        kernels |= {name: max(count, kernels.get(name, 0)) for name, count in used.items()}
     notes = notes_of(loaded, text)
-    records = quality_records(loaded, perplexity, against, usage.linears(), notes)
-    if files.losses:
-        subject = f"{loaded.name} {loaded.scheme}, KV cache {kv_name(loaded.kv_dtype)}"
-        save_losses(replace(perplexity.losses, subject=subject), files.losses, force=files.force)
+    if ranks.size > 1:
+        notes.append(f"the windows were shared by {ranks.size} processes, which changes no figure")
+    records = quality_records(loaded, perplexity, against, kernels, notes)
+    with ranks.together():
+        if files.losses and ranks.first:
+            subject = f"{loaded.name} {loaded.scheme}, KV cache {kv_name(loaded.kv_dtype)}"
+            save_losses(replace(perplexity.losses, subject=subject), files.losses, force=files.force)
     versus = paired_difference(earlier, perplexity.losses) if earlier else None
     return Evaluation(records, perplexity, against[0] if against else None, versus, notes)
+
+
+def _facts(loaded: Loaded, other: Loaded | None, text: TextSource, protocol: PerplexityProtocol) -> dict[str, Any]:
+    """Return what has to be the same in all processes, so that they compute what one would."""
+    return {
+        "model": loaded.checkpoint.sha256,
+        "scheme": loaded.scheme,
+        "options": loaded.options,
+        "tokenizer": loaded.tokenizer.sha256,
+        "reference": other.checkpoint.sha256 if other is not None else None,
+        "text": text.sha256,
+        "protocol": protocol.describe().model_dump(mode="json"),
+        "dtype": loaded.setup.dtype,
+        "kv_cache": kv_name(loaded.kv_dtype),
+        "runtime": loaded.runtime.name,
+        "kernels": sorted({choice.kernels for choice in loaded.choices}),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def scored(loaded: Loaded) -> LanguageModel:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from llmq.cli import options as o
+from llmq.cli import processes
 
 GROUP = "eval"
 
@@ -75,16 +76,18 @@ def perplexity(
         calibration, calibration_windows, calibration_length, column=column, chat_template=chat_template
     )
     recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head)
-    with render.reporting(quiet=json) as progress:
+    with processes.shared(), render.reporting(quiet=json or not processes.speaks()) as progress:
         evaluation = evaluate_model(
             model,
             recipe,
-            o.setup(device, dtype, threads, kernel, seed, kv_cache=kv_cache, runtime=runtime),
+            o.setup(device, dtype, threads, kernel, seed, kv_cache=kv_cache, runtime=runtime, several=True),
             Question(text, protocol, window, limit),
             reference=reference,
             files=EvaluationFiles(losses, versus, force),
             progress=progress,
         )
+    if not processes.speaks():
+        return
     render.save_records(evaluation.records, record)
     render.records_or_json(evaluation.records, json=json)
     if not json:

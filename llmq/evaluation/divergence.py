@@ -25,8 +25,10 @@ from llmq.evaluation.perplexity import PerplexityResult, check_plan, dtype_name,
 from llmq.evaluation.protocols import PerplexityProtocol
 from llmq.evaluation.reference import ReferenceLogits
 from llmq.evaluation.scoring import Batching, LanguageModel, Slab, row_chunks, slabs, token_losses
+from llmq.evaluation.shared import SharedBatches
 from llmq.model.tokenizer import Tokenizer
 from llmq.progress import SILENT, Progress
+from llmq.ranks import Ranks
 from llmq.results import record
 from llmq.results.record import Metric
 
@@ -96,6 +98,7 @@ def evaluate_candidate(
     protocol: PerplexityProtocol,
     *,
     reference: ReferenceLogits,
+    ranks: Ranks | None = None,
     progress: Progress = SILENT,
 ) -> CandidateResult:
     """Measure perplexity and divergence of `candidate` from the same forward passes.
@@ -106,7 +109,8 @@ def evaluate_candidate(
         text: what is scored.
         protocol: how.
         reference: the other side.
-        progress: is told of every window, and of whether the reference's logits are kept.
+        ranks: the processes that share the windows; all get the result, which is that of one process, bit for bit.
+        progress: is told of every window of this process, and of whether the reference's logits are kept.
 
     Raises:
         UsageError: tokenizer, text or protocol are not the reference's, or the models' vocabularies differ.
@@ -123,19 +127,28 @@ def evaluate_candidate(
         )
     if not reference.complete:
         progress.note(reference.storage.reason)
+    ranks = ranks or Ranks()
+    shared = SharedBatches(reference.batches, ranks)
     sides: list[_Sides] = []
     losses: list[Tensor] = []
-    dtype = ""
-    with progress.task(f"perplexity and divergence ({plan.protocol.name})", len(plan.windows)) as advance, torch.no_grad():
-        for index, batch in enumerate(reference.batches):
+    dtypes = ("", "")
+    task = progress.task(f"perplexity and divergence ({plan.protocol.name})", shared.windows)
+    with ranks.together(), task as advance, torch.no_grad():
+        for index in shared.indices:
+            batch = reference.batches[index]
             for theirs, mine in zip(reference.slabs(index), slabs(candidate, batch, reference.batching), strict=True):
                 losses.append(token_losses(mine))
                 sides.append(_compare(theirs, mine))
-                dtype = dtype_name(mine.logits.dtype)
+                dtypes = dtype_name(theirs.logits.dtype), dtype_name(mine.logits.dtype)
             advance(len(batch))
-    nll = torch.cat(losses)
-    perplexity = summarize(plan, nll, dtype)
-    return CandidateResult(perplexity, _summarize(perplexity, reference.perplexity(), sides))
+    other = shared.joined([reference.losses(index) for index in shared.indices], torch.float32)
+    joined = _Sides(
+        kl=shared.joined([side.kl for side in sides], torch.float64),
+        same_top=shared.joined([side.same_top for side in sides], torch.bool),
+        identical=shared.all(mine=all(side.identical for side in sides)),
+    )
+    perplexity = summarize(plan, shared.joined(losses, torch.float32), shared.word(dtypes[1]))
+    return CandidateResult(perplexity, _summarize(perplexity, summarize(plan, other, shared.word(dtypes[0])), joined))
 
 
 def evaluate_divergence(
@@ -184,14 +197,14 @@ def _compare(reference: Slab, candidate: Slab) -> _Sides:
     return _Sides(torch.cat(kl), torch.cat(same_top), identical)
 
 
-def _summarize(candidate: PerplexityResult, reference: PerplexityResult, sides: list[_Sides]) -> DivergenceResult:
-    kl = torch.cat([side.kl for side in sides])
+def _summarize(candidate: PerplexityResult, reference: PerplexityResult, sides: _Sides) -> DivergenceResult:
+    kl = sides.kl
     if not bool(torch.isfinite(kl).all()):
         raise CheckpointError(
             f"the divergence of {int((~torch.isfinite(kl)).sum())} of {kl.numel()} positions is not finite; "
             "a model gives infinite logits: try another compute dtype or scheme."
         )
-    same_top = torch.cat([side.same_top for side in sides])
+    same_top = sides.same_top
     sizes = candidate.losses.window_sizes
     mine, theirs = candidate.losses.nll.double(), reference.losses.nll.double()
     delta_p = (-mine).exp() - (-theirs).exp()
@@ -212,7 +225,7 @@ def _summarize(candidate: PerplexityResult, reference: PerplexityResult, sides: 
         top1_binomial_stderr=(top1.value * (1 - top1.value) / same_top.numel()) ** 0.5,
         delta_ln_perplexity=batch_means(mine - theirs, sizes),
         rms_delta_p=_root(batch_means(delta_p.square(), sizes)),
-        identical=all(side.identical for side in sides),
+        identical=sides.identical,
     )
 
 

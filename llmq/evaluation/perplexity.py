@@ -19,8 +19,10 @@ from llmq.evaluation.estimates import Estimate, batch_means, batch_sums, naive_s
 from llmq.evaluation.losses import TokenLosses
 from llmq.evaluation.protocols import DocumentSize, PerplexityProtocol, Window, check_length
 from llmq.evaluation.scoring import Batching, LanguageModel, batches, check_vocabulary, slabs, token_losses
+from llmq.evaluation.shared import SharedBatches
 from llmq.model.tokenizer import Tokenizer
 from llmq.progress import SILENT, Progress
+from llmq.ranks import Ranks
 from llmq.results import record
 from llmq.results.record import Metric
 
@@ -137,6 +139,7 @@ def evaluate_perplexity(
     protocol: PerplexityProtocol,
     *,
     batching: Batching | None = None,
+    ranks: Ranks | None = None,
     progress: Progress = SILENT,
 ) -> PerplexityResult:
     """Measure the perplexity of `model` on `text`.
@@ -147,7 +150,8 @@ def evaluate_perplexity(
         text: what is scored.
         protocol: from `protocols.resolve_protocol`; its `limit` keeps the first windows or documents only.
         batching: how much is computed at once; results depend on it by rounding only.
-        progress: is told of every window.
+        ranks: the processes that share the windows; all get the result, which is that of one process, bit for bit.
+        progress: is told of every window of this process.
 
     Raises:
         TextError: the text is too short for one window.
@@ -157,16 +161,18 @@ def evaluate_perplexity(
     """
     plan = plan_evaluation(tokenizer, text, protocol)
     check_plan(plan, model)
-    batching = batching or Batching()
+    batching, ranks = batching or Batching(), ranks or Ranks()
+    cut = list(batches(plan.windows, batching))
+    shared = SharedBatches(cut, ranks)
     parts: list[Tensor] = []
     dtype = ""
-    with progress.task(f"perplexity ({protocol.name})", len(plan.windows)) as advance, torch.no_grad():
-        for batch in batches(plan.windows, batching):
-            for slab in slabs(model, batch, batching):
+    with ranks.together(), progress.task(f"perplexity ({protocol.name})", shared.windows) as advance, torch.no_grad():
+        for index in shared.indices:
+            for slab in slabs(model, cut[index], batching):
                 parts.append(token_losses(slab))
                 dtype = dtype_name(slab.logits.dtype)
-            advance(len(batch))
-    return summarize(plan, torch.cat(parts), dtype)
+            advance(len(cut[index]))
+    return summarize(plan, shared.joined(parts, torch.float32), shared.word(dtype))
 
 
 def summarize(plan: Plan, nll: Tensor, dtype: str) -> PerplexityResult:
