@@ -1,4 +1,4 @@
-"""Regenerate what documents say of the code and of the records: docs/cli.md, and the tables between markers.
+"""Regenerate what documents say of the code and of the records: docs/cli.md, tables between markers, plots.
 
 python scripts/docs.py           write
 python scripts/docs.py --check   exit 1 and name the files that are out of date
@@ -15,6 +15,8 @@ from typing import Annotated
 
 import typer
 from peers.table import peers_table
+from quality.report import generated as quality_plots
+from quality.report import marker, record_files, section_text
 
 from llmq.errors import UsageError
 from llmq.results.markdown import update_marked_section
@@ -47,7 +49,10 @@ def generated() -> dict[Path, str]:
             raise UsageError(f"no document has a line '<!-- begin {name} -->' for the table of {path.name}; write it.")
         for document in homes:
             texts[document] = update_marked_section(texts[document], name, table_of(read_records(path)))
-    return texts | {reference: cli_reference()}
+    page = REPO / "docs" / "quality.md"
+    for path in record_files(REPO):
+        texts[page] = update_marked_section(texts[page], marker(path.stem), section_text(path))
+    return texts | quality_plots(REPO) | {reference: cli_reference()}
 
 
 def main(

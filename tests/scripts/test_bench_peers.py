@@ -195,7 +195,7 @@ def test_requirements_are_pinned_and_read_in_steps(script) -> None:
     from peers.environments import REQUIREMENTS, read_steps
 
     names = {path.stem for path in REQUIREMENTS.glob("*.txt")}
-    assert names == {"llama_cpp", "openvino", "onnx", "transformers"}
+    assert {"llama_cpp", "openvino", "onnx", "transformers"} <= names
     for name in names:
         _, steps = read_steps(REQUIREMENTS / f"{name}.txt")
         words = [word for step in steps for line in step for word in line.split() if not word.startswith("--")]

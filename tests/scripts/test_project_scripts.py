@@ -35,7 +35,10 @@ def copy(tmp_path: Path) -> Path:
         target = copy / path.relative_to(REPO)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-    shutil.copytree(SCRIPTS / "peers", copy / "scripts" / "peers")
+    for folder in ("peers", "quality"):
+        shutil.copytree(SCRIPTS / folder, copy / "scripts" / folder)
+    for plot in (REPO / "docs").glob("*.svg"):
+        shutil.copy(plot, copy / "docs")
     return copy
 
 
