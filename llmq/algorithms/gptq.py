@@ -31,6 +31,9 @@ from llmq.numerics.weight import QuantizedWeight
 DAMPING_STEPS = 4
 """How often damping is tried, ten times more each time, before round to nearest is taken."""
 
+PANEL_ROWS = 512
+"""Rows of a matrix [K, K] that are copied at a time."""
+
 PANEL = 16
 """Columns that are updated by matrix-vector products before a matrix product brings the block up to date."""
 
@@ -186,14 +189,26 @@ def factorise(hessian: Tensor, options: GptqOptions) -> Factorised:
         tried.append(options.damping * 10**step if options.damping > 0 else 0.0 if step == 0 else 0.001 * 10**step)
         added = torch.full_like(diagonal, tried[-1] * live_mean)
         added[dead] = live_mean  # a dead row and column are zero: any pivot leaves the column to itself
-        matrix = hessian.index_select(0, backwards).index_select(1, backwards).double()
+        # with 11,008 inputs each of these matrices takes 1 GB: two are there at a time, and the rest goes by panels
+        matrix = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
+        for rows, panel in zip(torch.split(backwards, PANEL_ROWS), torch.split(matrix, PANEL_ROWS), strict=True):
+            panel.copy_(hessian.index_select(0, rows).index_select(1, backwards))
         matrix.diagonal().add_(added[backwards])
         lower, info = torch.linalg.cholesky_ex(matrix)
-        pivots = torch.diagonal(lower)
+        del matrix
+        pivots = torch.diagonal(lower).clone()
         if int(info) == 0 and bool((torch.isfinite(pivots) & (pivots > 0)).all()):
-            unit = (lower / pivots).flip(0, 1).to(hessian.dtype)
+            unit = torch.empty(hessian.shape, dtype=hessian.dtype, device=hessian.device)
+            for panel, out in zip(torch.split(lower.div_(pivots), PANEL_ROWS), _from_below(unit), strict=True):
+                out.copy_(panel.flip(0, 1))
             return Factor(order, unit, pivots.square().flip(0), added[order], tried[-1]), tuple(tried)
     return None, tuple(tried)
+
+
+def _from_below(matrix: Tensor) -> list[Tensor]:
+    """Cut a matrix [K, K] into panels of `PANEL_ROWS` rows, counted from its last row upwards."""
+    ends = range(matrix.shape[0], 0, -PANEL_ROWS)
+    return [matrix[max(0, end - PANEL_ROWS) : end] for end in ends]
 
 
 class _Columns:
