@@ -23,6 +23,8 @@ class LlmqError(Exception):
     """Base of every error that is the user's to mend; `exit_code` is the process's."""
 
     exit_code = 1
+    everywhere = False
+    """Every process of several has raised the same."""
 
 
 class UsageError(LlmqError):

@@ -107,11 +107,10 @@ class Ranks:
             failure = error
         told = None if failure is None else {"kind": type(failure).__name__, "message": str(failure)}
         for rank, other in enumerate(self.gather_json(told) if self.size > 1 else []):
-            if other is not None and rank == self.rank:
-                assert failure is not None
-                raise failure
             if other is not None:
-                raise _kind(other["kind"])(other["message"])
+                shared = failure if rank == self.rank and failure is not None else _kind(other["kind"])(other["message"])
+                shared.everywhere = True
+                raise shared
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Compare plain data that has to be the same in all processes.
@@ -124,9 +123,11 @@ class Ranks:
             different = [key for key in {**found[0], **other} if found[0].get(key) != other.get(key)]
             if different:
                 what = "; ".join(f"{key} is {found[0].get(key)!r} in process 0, {other.get(key)!r} there" for key in different)
-                raise UsageError(
+                error = UsageError(
                     f"process {rank} of {self.size} differs: {what}. Give every process the same files, options and versions."
                 )
+                error.everywhere = True
+                raise error
 
 
 def assign(costs: Sequence[float], size: int) -> list[int]:

@@ -42,7 +42,8 @@ def run_phases(
             fisher = FisherSettings(seed=loaded.setup.seed, activations=activations, spill=spill, ranks=ranks)
             windows = loaded.calibration
             gather_factors(loaded.model, settled.decisions, windows, factors, keeper=keeper, settings=fisher, progress=progress)
-        walk = Walk(loaded.model, settled.decisions, loaded.calibration, keeper=keeper, settings=settings)
+        with ranks.together():
+            walk = Walk(loaded.model, settled.decisions, loaded.calibration, keeper=keeper, settings=settings)
         reports = walk.run(progress=progress)
     how = distill_settings(settled.decisions, seed=loaded.setup.seed, spill=spill, ranks=ranks)
     if how is not None and loaded.calibration is not None:

@@ -114,7 +114,7 @@ def quantize_checkpoint(
         if ranks.json_from(job is not None and job.placed, 0):
             written, resumed = job.clear_up() if job is not None else None, len(parts.parts)
         else:
-            resumed = len(job.finished) if job is not None else 0
+            resumed = len(parts.parts.keys() & set(job.finished)) if job is not None else 0
             if job is not None and resumed:
                 progress.note(f"going on after {resumed} of {len(parts.parts)} parts that {job.folder} holds")
             keeper = JobKeeper(parts, job, ranks=ranks, strict=how.strict)

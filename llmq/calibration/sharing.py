@@ -51,17 +51,21 @@ def quantize_linears(
     costs = [_cost(linears[name].weight.shape, seen=seen[name]) for name in names]
     owners = dict(zip(names, assign(costs, ranks.size), strict=True))
     sums: dict[str, tuple[Tensor, Tensor | None]] = {}
+    broken: list[str] = []
     for group in groups:
         if group[0] in moments:
             hessian, upstream = moments.pop(group[0]).reduce(ranks)
             if not torch.isfinite(hessian.diagonal()).all():
-                fqns = ", ".join(targets[name].fqn for name in group)
-                raise SchemeError(f"the inputs of {fqns} are not finite during calibration; the model is broken already.")
+                broken += [targets[name].fqn for name in group]
             if any(owners[name] == ranks.rank for name in group):
                 sums[group[0]] = hessian, upstream
     weights: dict[str, QuantizedWeight] = {}
     reports: dict[str, LayerReport] = {}
     with ranks.together():
+        if broken:
+            raise SchemeError(
+                f"the inputs of {', '.join(broken)} are not finite during calibration; the model is broken already."
+            )
         for group in groups:
             pair = sums.pop(group[0], (None, None))
             for name in group:

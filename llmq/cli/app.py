@@ -33,9 +33,9 @@ class ErrorHandlingGroup(TyperGroup):
         except LlmqError as error:
             if ctx.params.get("debug"):
                 raise
-            _fail(str(error), error.exit_code, speaks=processes.speaks())  # the others know the same
-        except KeyboardInterrupt:
-            _fail("interrupted; nothing half-written was left behind.", 130, speaks=processes.speaks())
+            _fail(f"{processes.name()}{error}", error.exit_code, speaks=processes.tells(error))
+        except KeyboardInterrupt as error:
+            _fail("interrupted; nothing half-written was left behind.", 130, speaks=processes.tells(error))
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output has gone (`| head`): nobody to tell
             raise SystemExit(0) from None

@@ -7,7 +7,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from llmq.errors import UsageError
+from llmq.errors import Interrupted, LlmqError, PeerError, UsageError
+
+_SHARING = [False]
+"""Whether this process has begun to share work with others."""
 
 
 def size() -> int:
@@ -21,9 +24,17 @@ def speaks() -> bool:
     return size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
+def tells(error: BaseException) -> bool:
+    """Return whether this process prints an error: the first does, and one that alone knows of it."""
+    if speaks():
+        return True
+    known = isinstance(error, PeerError | Interrupted | KeyboardInterrupt) or (isinstance(error, LlmqError) and error.everywhere)
+    return _SHARING[0] and not known  # before the work is shared, all processes do the same
+
+
 def name() -> str:
-    """Return what a process calls itself in a message that only it knows of; empty where it is alone."""
-    return f"process {os.environ.get('RANK', '?')} of {size()}: " if size() > 1 else ""
+    """Return how a process that is not the first begins a message; empty in the first."""
+    return "" if speaks() else f"process {os.environ.get('RANK', '?')} of {size()}: "
 
 
 def refuse_several() -> None:
@@ -38,6 +49,7 @@ def refuse_several() -> None:
 @contextmanager
 def shared() -> Iterator[None]:
     """Part from the other processes at the end of a command, however it ends."""
+    _SHARING[0] = True
     try:
         yield
     finally:
