@@ -1,19 +1,20 @@
 """Scales and zero points that lose less than those of a group's range: a search over candidates, each refined in closed form.
 
-With `c` the codes of a group as the grid counts them, `w` its weights and `h` how much each input matters, what is made small is
+With `c` the codes of a group as the grid counts them, `w` its weights and `h` how much each input matters, what is made small
+is
 
     sum over the group of  h |w - w_hat|^p,      w_hat = c s + z  (floating zero),  (c - z) s  (integer zero),  c s  (symmetric)
 
-where p is 2 unless asked otherwise, and h is 1, or the second moment of each input (the diagonal of the Hessian). Candidates are the
-range of the group, shrunk (and a little widened) by a ladder of factors. Each is improved by alternating least squares: codes for
-the scales, then the best scales for the codes, which is a system of one or two unknowns. Other norms than p = 2 are reached by
-reweighting (h |w - w_hat|^(p - 2) for the next system); p < 1 is the norm of HQQ (Badri and Shaji, 2023), whose half-quadratic
-splitting solves the same problem for the zero point alone.
+where p is 2 unless asked otherwise, and h is 1, or the second moment of each input (the diagonal of the Hessian). Candidates
+are the range of the group, shrunk (and a little widened) by a ladder of factors. Each is improved by alternating least
+squares: codes for the scales, then the best scales for the codes, which is a system of one or two unknowns. Other norms than
+p = 2 are reached by reweighting (h |w - w_hat|^(p - 2) for the next system); p < 1 is the norm of HQQ (Badri and Shaji,
+2023), whose half-quadratic splitting solves the same problem for the zero point alone.
 
 Symmetric grids are used in full, as llama.cpp's Q4_0: the scale's sign puts the longer side of a group on code -2^(bits - 1).
 
-All scales are rounded to the dtype in which they are stored before an error is computed, and a candidate replaces another only
-where its error is smaller. The first candidate is the one of `algorithms.rtn`, so the result never loses to it.
+All scales are rounded to the dtype in which they are stored before an error is computed, and a candidate replaces another
+only where its error is smaller. The first candidate is the one of `algorithms.rtn`, so the result never loses to it.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def search_scales(
         options: see `SearchOptions`.
 
     Returns:
-        Scale and zero point [N, groups] as they are stored; see `algorithms.rtn.choose_scales`. In every group the weighted error of
-        rounding to nearest is at most that of the scales of `choose_scales`.
+        Scale and zero point [N, groups] as they are stored; see `algorithms.rtn.choose_scales`. In every group the weighted
+        error of rounding to nearest is at most that of the scales of `choose_scales`.
 
     Raises:
         ShapeError: when the weight does not fit the grid, or the importance not the weight.
@@ -108,7 +109,7 @@ def search_scales(
 
 
 def _scaled(h: Tensor) -> Tensor:
-    """Scale each group of importances [groups, G] to a mean of 1, and give a group that is all zeros the same weight everywhere."""
+    """Scale each group of importances [groups, G] to a mean of 1; a group of zeros gets ones."""
     mean = h.mean(1, keepdim=True)
     return torch.where(mean > 0, h / mean.clamp_min(torch.finfo(h.dtype).tiny), torch.ones_like(h))
 
@@ -167,7 +168,7 @@ class _Groups:
     def error(self, c: Tensor, s: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the error of each group [n, groups], and the weights of the next least squares (h, where the norm is 2)."""
         distance = self.w - self.numbers(c, s, z)
-        if self.norm == 2:  # noqa: PLR2004 - a square, not a tuned number
+        if self.norm == 2:
             return (distance.square_() * self.h).sum(-1), self.h
         distance.abs_()
         floor = s.abs()[..., None] * 1e-3  # an exact hit would get an infinite weight

@@ -1,0 +1,156 @@
+"""Coordinate descent over codes: every code in turn becomes the one that is best while all others stay.
+
+The loss tr(H_O E H_I E^T) is a quadratic in the number w_hat of one entry (i, j), with half its gradient -p, p = (H_O E
+H_I)_ij, and curvature (H_O)_ii (H_I)_jj; so the best code is the one nearest to w_hat + p / curvature. Sweeps go column by
+column, in the order in which GPTQ rounds.
+
+Without H_O the entries of a column do not know of each other, and a column is changed at once. With H_O they do. What each
+wants is found for all of them; those that still gain when all the others get what they want are changed together, if that
+lowers the loss, else the half of them that gain most, and so on; and the column is asked again, a few times. Each change
+lowers the loss, computed exactly from H_O between the entries that change.
+
+Most of the work is matrix products: a block's columns of the gradient are formed at once, and changes reach later columns of
+the block by a product for each panel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmq.algorithms.metric import Metric
+from llmq.algorithms.refit import Scales
+from llmq.algorithms.rtn import numbers_of, round_to_grid
+from llmq.numerics.grid import IntGrid
+
+BLOCK = 128
+"""Columns whose gradient is formed at once."""
+
+ROUNDS = 4
+"""How often a column is asked again where its entries are coupled."""
+
+
+def sweep(
+    target: Tensor, codes: Tensor, scales: Scales, grid: IntGrid, metric: Metric, order: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """Go over all codes once.
+
+    Args:
+        target: [N, K] fp32 or fp64, what the weight should be; everything is computed in its dtype.
+        codes: [N, K] of the grid; not changed.
+        scales: scale and zero point [N, groups], as they are stored.
+        grid: the integer grid.
+        metric: what is made small; never larger afterwards.
+        order: [K], the order of the columns; None: by falling diagonal of H_I.
+
+    Returns:
+        The new codes, and how many changed.
+    """
+    n, k = target.shape
+    metric.check(n, k)
+    if order is None:
+        order = torch.argsort(metric.inputs.diagonal(), descending=True, stable=True)
+    state = _State(target, codes, scales, grid, metric, order)
+    for start in range(0, k, BLOCK):
+        state.block(start, min(start + BLOCK, k))
+    found = torch.empty_like(codes)
+    found[:, order] = state.codes.t()
+    return found, state.changed
+
+
+class _State:
+    """Everything transposed and ordered: row k is the k-th column to be visited."""
+
+    def __init__(self, target: Tensor, codes: Tensor, scales: Scales, grid: IntGrid, metric: Metric, order: Tensor) -> None:
+        dtype = target.dtype
+        scale, zero_point = scales
+        self.grid = grid
+        self.group = (order // (target.shape[1] // scale.shape[1])).tolist()
+        self.scale = scale.t().to(dtype).contiguous()  # [groups, N]
+        self.zero_point = None if zero_point is None else zero_point.t().to(dtype).contiguous()
+        numbers = numbers_of(codes, grid, scale, zero_point, dtype)
+        self.codes = codes.t()[order].contiguous()
+        self.numbers = numbers.t()[order].contiguous()
+        self.inputs = metric.inputs.to(dtype)[order][:, order]
+        self.outputs = None if metric.outputs is None else metric.outputs.to(dtype).contiguous()
+        error = target.t()[order] - self.numbers
+        # E^T without H_O, (H_O E)^T with it: what has only to be multiplied by H_I to be the gradient
+        self.error = error if self.outputs is None else error @ self.outputs
+        self.changed = 0
+
+    def block(self, start: int, stop: int) -> None:
+        """Visit the columns from `start` to `stop`."""
+        gradient = self.inputs[start:stop] @ self.error  # [block, N]
+        moves = torch.zeros_like(gradient)  # by how much H_O times a column's numbers changed
+        curvature = self.inputs.diagonal().tolist()
+        for column in range(start, stop):
+            p = gradient[column - start]
+            if column > start:
+                p -= self.inputs[start:column, column] @ moves[: column - start]
+            if curvature[column] <= 0:
+                continue
+            if self.outputs is None:
+                moves[column - start] = self._move(column, p, curvature[column])
+            else:
+                moves[column - start] = self._move_coupled(column, p, curvature[column], self.outputs)
+        self.error[start:stop] -= moves
+
+    def _nearest(self, column: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes and numbers [N] nearest to `wanted` [N]."""
+        group = self.group[column]
+        scale = self.scale[group][None]
+        zero_point = None if self.zero_point is None else self.zero_point[group][None]
+        codes = round_to_grid(wanted[None], self.grid, scale, zero_point)
+        return codes[0], numbers_of(codes, self.grid, scale, zero_point, wanted.dtype)[0]
+
+    def _move(self, column: int, p: Tensor, curvature: float) -> Tensor:
+        """Change a column whose entries are independent; returns how its numbers changed."""
+        codes, numbers = self._nearest(column, self.numbers[column] + p / curvature)
+        change = numbers - self.numbers[column]
+        self.changed += int((codes != self.codes[column]).sum())
+        self.codes[column], self.numbers[column] = codes, numbers
+        return change
+
+    def _move_coupled(self, column: int, p: Tensor, curvature: float, outputs: Tensor) -> Tensor:
+        """Change a column whose entries are coupled by H_O; returns H_O times the change of its numbers."""
+        own = outputs.diagonal() * curvature
+        total = torch.zeros_like(p)
+        for _ in range(ROUNDS):
+            codes, numbers = self._nearest(column, self.numbers[column] + p / own)
+            change = numbers - self.numbers[column]
+            gain = 2 * p * change - own * change.square()
+            chosen = ((codes != self.codes[column]) & (gain > 0)).nonzero()[:, 0]
+            moved = self._take(chosen, change, p, gain, curvature, outputs)
+            if moved is None:
+                break
+            chosen, effect = moved
+            self.changed += len(chosen)
+            self.codes[column][chosen] = codes[chosen]
+            self.numbers[column][chosen] = numbers[chosen]
+            total += effect
+            p -= curvature * effect
+        return total
+
+    @staticmethod
+    def _take(
+        chosen: Tensor, change: Tensor, p: Tensor, gain: Tensor, curvature: float, outputs: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Find entries of `chosen` whose changes together lower the loss; returns them and H_O times their changes."""
+        effect = change[chosen] @ outputs[chosen]
+        # what an entry gains if all the others move as well
+        joint = gain[chosen] - 2 * curvature * change[chosen] * (effect[chosen] - outputs.diagonal()[chosen] * change[chosen])
+        willing = joint > 0
+        if not bool(willing.any()):
+            willing = gain[chosen] >= gain[chosen].amax() if len(chosen) else willing
+        if not bool(willing.all()):
+            chosen = chosen[willing]
+            effect = change[chosen] @ outputs[chosen]
+        while len(chosen):
+            step = change[chosen]
+            if bool(2 * (p[chosen] * step).sum() - curvature * (effect[chosen] * step).sum() > 0):
+                return chosen, effect
+            if len(chosen) == 1:
+                return None
+            chosen = chosen[torch.argsort(gain[chosen], descending=True, stable=True)[: len(chosen) // 2]]
+            effect = change[chosen] @ outputs[chosen]
+        return None

@@ -1,0 +1,52 @@
+"""Correction of upstream error: aim at the outputs of the original model, not at those of the original weight.
+
+A linear whose inputs x_q come from quantized blocks should still give what the original model gives there, W x_f. Over all
+real weights, sum |W x_f - W' x_q|^2 is least for
+
+    W' = W (sum x_f x_q^T) (sum x_q x_q^T)^-1 = W + W D H^-1,      D = 2/n sum (x_f - x_q) x_q^T,   H = 2/n sum x_q x_q^T,
+
+and for any other weight it is that minimum plus tr((W' - W_hat) H (W' - W_hat)^T) (up to the factor of 2/n), so that rounding
+W' instead of W is all there is to do. Qronos (Zhang et al., arXiv:2505.11695) and GPTAQ (Li et al., arXiv:2504.02692)
+interleave the same correction with rounding. The difference x_f - x_q is known from a sample, so a part `strength` of it is
+taken, and H is damped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmq.errors import ShapeError, UsageError
+
+
+def corrected_target(weight: Tensor, hessian: Tensor, upstream: Tensor, strength: float) -> Tensor:
+    """Return W + strength W D H^-1.
+
+    Args:
+        weight: W [N, K], floating point.
+        hessian: H [K, K], damped: it has to be positive definite.
+        upstream: D [K, K], rows by x_f - x_q and columns by x_q: `Statistics.upstream`.
+        strength: how much of the correction is taken, from 0 to 1.
+
+    Returns:
+        [N, K] in the wider dtype of weight and Hessian; computed in fp64. Where H cannot be factorised, the weight itself.
+
+    Raises:
+        ShapeError: shapes do not belong together.
+        UsageError: strength is not from 0 to 1.
+    """
+    k = weight.shape[1]
+    if tuple(hessian.shape) != (k, k) or tuple(upstream.shape) != (k, k):
+        raise ShapeError(
+            f"a weight of {k} inputs needs a Hessian and upstream statistics [{k}, {k}], got {list(hessian.shape)} and "
+            f"{list(upstream.shape)}."
+        )
+    if not 0 <= strength <= 1:
+        raise UsageError(f"strength of the correction must be from 0 to 1, got {strength}.")
+    dtype = torch.promote_types(weight.dtype, hessian.dtype)
+    lower, info = torch.linalg.cholesky_ex(hessian.double())
+    if strength == 0 or int(info) != 0:
+        return weight.to(dtype)
+    moved = torch.cholesky_solve((weight.to(dtype) @ upstream.to(dtype)).double().t(), lower).t()
+    result = (weight.double() + strength * moved).to(dtype)
+    return result if bool(torch.isfinite(result).all()) else weight.to(dtype)

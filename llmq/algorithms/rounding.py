@@ -1,0 +1,262 @@
+"""From a weight, its statistics and a grid to a quantized weight: search, correction, GPTQ, re-fit and sweeps, each optional.
+
+    1  target   W, or W corrected for what quantized blocks before it do to its inputs        `correction`
+    2  scales   of each group's range, or searched for the least weighted error                `scale_search`
+    3  codes    GPTQ with these scales under H_I                                               `gptq`
+    4  polish   scales and zero points for the codes, then codes for the scales, `sweeps` times `refit`, `coordinate`
+
+Every step after the third keeps or lowers tr(H_O E H_I E^T), E = target - W_hat. H_O, the output factor of the Fisher
+information, is part of it only under the metrics 'outputs' and 'fisher' (YAQA, arXiv:2505.22988).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmq.algorithms.coordinate import sweep
+from llmq.algorithms.correction import corrected_target
+from llmq.algorithms.gptq import Factorised, GptqOptions, factorise, gptq
+from llmq.algorithms.metric import Metric, damped
+from llmq.algorithms.refit import Scales, refit
+from llmq.algorithms.rtn import choose_scales, numbers_of, quantize_rtn, round_to_grid, work_dtype
+from llmq.algorithms.scale_search import SearchOptions, search_scales
+from llmq.algorithms.statistics import Statistics
+from llmq.errors import SchemeError, UsageError
+from llmq.numerics.affine import MappingType
+from llmq.numerics.grid import IntGrid
+from llmq.numerics.weight import QuantizedWeight
+
+Search = Literal["range", "error", "weighted"]
+MetricName = Literal["inputs", "outputs", "fisher"]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingOptions:
+    """Which steps are taken.
+
+    Attributes:
+        search: scales from each group's range, from its error with all inputs alike, or weighted by the diagonal of H_I.
+        correction: how much of the upstream error is corrected, 0 to 1; 0 needs no upstream statistics.
+        gptq: choose codes by GPTQ; otherwise by rounding to nearest.
+        refit: re-fit scales and zero points after GPTQ and after each sweep.
+        sweeps: of coordinate descent.
+        metric: 'inputs': H_I is the Hessian of the inputs, H_O the identity; 'outputs': H_O is the output factor of the Fisher
+            information; 'fisher': so is H_I its input factor.
+        damping: added to the diagonals of H_I and H_O, as a fraction of the mean.
+        act_order: take columns by falling diagonal of H_I.
+        block_size: see `GptqOptions`.
+        mapping: how a range is laid over codes where scales are not searched.
+        candidates: of the search, see `SearchOptions`.
+    """
+
+    search: Search = "weighted"
+    correction: float = 0.0
+    gptq: bool = True
+    refit: bool = True
+    sweeps: int = 2
+    metric: MetricName = "inputs"
+    damping: float = 0.01
+    act_order: bool = True
+    block_size: int = 128
+    mapping: MappingType | None = None
+    candidates: int = 16
+
+    def __post_init__(self) -> None:
+        if self.sweeps < 0:
+            raise UsageError(f"sweeps must be 0 or more, got {self.sweeps}.")
+        if not 0 <= self.correction <= 1:
+            raise UsageError(f"correction must be from 0 to 1, got {self.correction}.")
+        self.gptq_options()
+
+    def gptq_options(self) -> GptqOptions:
+        """Return those that GPTQ takes."""
+        return GptqOptions(self.damping, self.act_order, self.block_size, self.mapping)
+
+    def search_options(self) -> SearchOptions:
+        """Return those that the search for scales takes."""
+        return SearchOptions(candidates=self.candidates, mapping=self.mapping)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingReport:
+    """What was done, and what each step brought.
+
+    Attributes:
+        loss: tr(H_O E H_I E^T) without damping, E = target - W_hat, of what was kept; None when statistics are not finite.
+        rtn_loss: the same for the weight rounded to nearest with scales of its groups' ranges; never below `loss`.
+        damping: the fraction that was used; None when statistics are not finite.
+        dead_columns: inputs that were always zero.
+        rtn_rows: rows for which rounding to nearest lost less, and was kept.
+        fallback: why the whole weight was rounded to nearest; None where it was not.
+        steps: names of the steps and the damped loss after each, in order; the first is 'rtn'.
+    """
+
+    loss: float | None
+    rtn_loss: float | None
+    damping: float | None = None
+    dead_columns: int = 0
+    rtn_rows: int = 0
+    fallback: str | None = None
+    steps: tuple[tuple[str, float], ...] = field(default=())
+
+
+def round_linear(
+    weight: Tensor,
+    statistics: Statistics,
+    grid: IntGrid,
+    options: RoundingOptions,
+    *,
+    factorised: Factorised | None = None,
+) -> tuple[QuantizedWeight, RoundingReport]:
+    """Quantize one weight. Nothing that is passed is changed.
+
+    Args:
+        weight: [N, K], floating point.
+        statistics: of the linear; which are needed follows from the options.
+        grid: the integer grid.
+        options: see `RoundingOptions`.
+        factorised: what `factorise` returned for H_I and `options.gptq_options()`; None: it is called here.
+
+    Returns:
+        The quantized weight, and what was done. The loss is never above that of rounding to nearest.
+
+    Raises:
+        ShapeError: the weight does not fit the grid, or the statistics not the weight.
+        SchemeError: statistics are missing.
+    """
+    plain = metric_of(statistics, options.metric)
+    n, k = weight.shape
+    grid.check(n, k)
+    plain.check(n, k)
+    nearest = quantize_rtn(weight, grid, mapping=options.mapping)
+    tensors = [plain.inputs, plain.outputs, statistics.upstream if options.correction > 0 else None]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None):
+        return nearest, RoundingReport(None, None, rtn_rows=n, fallback="the Hessian is not finite")
+
+    if factorised is None:
+        factorised = factorise(plain.inputs, options.gptq_options())
+    factor, tried = factorised
+    dead = int((plain.inputs.diagonal() == 0).sum())
+    work = weight.to(torch.promote_types(work_dtype(weight), plain.inputs.dtype))
+    if factor is None:
+        loss = plain.loss(work - nearest.dequantize(work.dtype))
+        why = f"the Hessian is not positive definite, even with {tried[-1]:g} of its mean diagonal added"
+        return nearest, RoundingReport(loss, loss, tried[-1], dead, n, why)
+    metric = damped_metric(plain, factor.damping, options.damping)
+    target = _target(work, statistics, options, factor.damping)
+    nearest_loss = metric.loss(target - nearest.dequantize(work.dtype))
+    steps = [("rtn", nearest_loss)]
+
+    scales = _scales(target, grid, metric, options)
+    if options.gptq:
+        first, _ = gptq(target, plain.inputs, grid, options.gptq_options(), scales=scales, factorised=factorised)
+        codes = first.codes()
+    else:
+        codes = round_to_grid(target, grid, *scales)
+    steps.append(("gptq" if options.gptq else "search", _loss(target, codes, scales, grid, metric)))
+    codes, scales, polished = polish(target, codes, scales, grid, metric, sweeps=options.sweeps, refits=options.refit)
+    quantized = QuantizedWeight.from_codes(grid, codes, *scales)
+    return _keep_better(quantized, nearest, target, plain, RoundingReport(0, 0, factor.damping, dead, steps=(*steps, *polished)))
+
+
+def polish(
+    target: Tensor, codes: Tensor, scales: Scales, grid: IntGrid, metric: Metric, *, sweeps: int, refits: bool
+) -> tuple[Tensor, Scales, list[tuple[str, float]]]:
+    """Lower the loss of a quantized weight, wherever its codes and scales come from: re-fit, then sweep and re-fit by turns.
+
+    Args:
+        target: [N, K] fp32 or fp64, what the weight should be.
+        codes: [N, K] of the grid.
+        scales: scale and zero point [N, groups].
+        grid: the integer grid.
+        metric: damped; see `damped_metric`.
+        sweeps: how many.
+        refits: whether scales and zero points change.
+
+    Returns:
+        Codes, scales, and the loss after each step.
+    """
+    steps: list[tuple[str, float]] = []
+
+    def refitted(scales: Scales) -> Scales:
+        scales = refit(target, codes, scales, grid, metric)
+        steps.append(("refit", _loss(target, codes, scales, grid, metric)))
+        return scales
+
+    if refits:
+        scales = refitted(scales)
+    for _ in range(sweeps):
+        codes, changed = sweep(target, codes, scales, grid, metric)
+        steps.append(("sweep", _loss(target, codes, scales, grid, metric)))
+        if refits:
+            scales = refitted(scales)
+        if not changed:
+            break
+    return codes, scales, steps
+
+
+def metric_of(statistics: Statistics, name: MetricName) -> Metric:
+    """Return the undamped metric of that name; raises SchemeError when a factor that it needs is missing."""
+    inputs = statistics.input_factor if name == "fisher" else statistics.hessian
+    outputs = None if name == "inputs" else statistics.output_factor
+    if inputs is None or (outputs is None and name != "inputs"):
+        raise SchemeError(f"metric {name!r} needs the Fisher factors of the linear; gather them, or use metric='inputs'.")
+    return Metric(inputs, outputs)
+
+
+def damped_metric(metric: Metric, inputs: float, outputs: float) -> Metric:
+    """Return the metric with these fractions of the mean diagonals added."""
+    return Metric(damped(metric.inputs, inputs), None if metric.outputs is None else damped(metric.outputs, outputs))
+
+
+def _target(work: Tensor, statistics: Statistics, options: RoundingOptions, damping: float) -> Tensor:
+    if options.correction == 0:
+        return work
+    if statistics.upstream is None:
+        raise SchemeError(
+            "correction needs statistics of the original model's inputs (upstream); gather them, or use correction=0."
+        )
+    return corrected_target(work, damped(statistics.hessian, damping), statistics.upstream, options.correction)
+
+
+def _scales(target: Tensor, grid: IntGrid, metric: Metric, options: RoundingOptions) -> Scales:
+    if options.search == "range":
+        return choose_scales(target, grid, mapping=options.mapping)
+    importance = metric.inputs.diagonal() if options.search == "weighted" else None
+    return search_scales(target, grid, importance, options.search_options())
+
+
+def _loss(target: Tensor, codes: Tensor, scales: Scales, grid: IntGrid, metric: Metric) -> float:
+    return metric.loss(target - numbers_of(codes, grid, *scales, target.dtype))
+
+
+def _keep_better(
+    quantized: QuantizedWeight, nearest: QuantizedWeight, target: Tensor, metric: Metric, report: RoundingReport
+) -> tuple[QuantizedWeight, RoundingReport]:
+    """Keep rounding to nearest where it loses less without damping: by row, or as a whole where rows are coupled."""
+    losses = metric.row_losses(target - quantized.dequantize(target.dtype)).clamp(min=0 if metric.outputs is None else -torch.inf)
+    others = metric.row_losses(target - nearest.dequantize(target.dtype)).clamp(min=0 if metric.outputs is None else -torch.inf)
+    worse = losses > others if metric.outputs is None else (losses.sum() > others.sum()).expand(len(losses))
+    rows = int(worse.sum())
+    if rows:
+        quantized = _replace_rows(quantized, nearest, worse)
+    loss = torch.where(worse, others, losses).sum().item()
+    done = RoundingReport(
+        max(loss, 0.0), max(others.sum().item(), 0.0), report.damping, report.dead_columns, rows, steps=report.steps
+    )
+    return quantized, done
+
+
+def _replace_rows(quantized: QuantizedWeight, other: QuantizedWeight, rows: Tensor) -> QuantizedWeight:
+    assert quantized.scale is not None
+    assert other.scale is not None
+    zero_point = quantized.zero_point
+    if zero_point is not None and other.zero_point is not None:
+        zero_point = torch.where(rows[:, None], other.zero_point, zero_point)
+    qdata = torch.where(rows[:, None], other.qdata, quantized.qdata)
+    scale = torch.where(rows[:, None], other.scale, quantized.scale)
+    return QuantizedWeight(quantized.grid, quantized.shape, qdata, scale, zero_point)
