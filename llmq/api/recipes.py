@@ -32,6 +32,8 @@ class Recipe:
     lm_head: bool = False
     calibration: CalibrationSource = field(default_factory=CalibrationSource)
     overrides: tuple[Override, ...] = ()
+    allocation: Mapping[str, Any] | None = None
+    """What the overrides were solved from, where a budget was; for the manifest."""
 
     def resolve(self) -> ResolvedScheme:
         """Validate the name and the options."""

@@ -88,10 +88,10 @@ def _root(
 
 
 # Importing a command's module registers it; none of them imports torch before it runs.
-from llmq.cli import bench, compare, evaluate, inspect, plan, quantize, report, system  # noqa: E402
+from llmq.cli import bench, compare, evaluate, inspect, mixing, plan, quantize, report, system  # noqa: E402
 
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.add_typer(report_app, name="report")
-for register in (compare, quantize, plan, inspect, evaluate, bench, report, system):
+for register in (compare, quantize, mixing, plan, inspect, evaluate, bench, report, system):
     register.register(app, {"eval": eval_app, "bench": bench_app, "report": report_app}.get(register.GROUP, app))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from llmq.cli import mixing, processes
 from llmq.cli import options as o
-from llmq.cli import processes
 
 GROUP = ""
 
@@ -28,6 +29,10 @@ def quantize(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.", rich_help_panel=o.OUTPUT)] = None,
     option: o.SchemeOptions = None,
     override: o.Overrides = None,
+    target_bpw: mixing.TargetBits = None,
+    target_size: mixing.TargetSize = None,
+    sensitivity: mixing.SensitivityFile = None,
+    candidate: mixing.Candidates = None,
     skip: o.Skip = None,
     skip_unfit: o.SkipUnfit = False,
     lm_head: o.LmHead = False,
@@ -72,6 +77,13 @@ def quantize(
     recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head, overrides=override)
     assert recipe is not None
     setup = o.setup("cpu", dtype, threads, None, seed, several=not dry_run)
+    target = mixing.target_of(target_bpw, target_size, sensitivity, candidate)
+    if target is not None:
+        with render.reporting(quiet=json or not processes.speaks()) as progress:
+            mixture = mixing.mix(model, recipe, setup, (target, sensitivity, candidate), progress=progress)
+        recipe = replace(recipe, overrides=mixture.overrides, allocation=mixture.to_json())
+        if processes.speaks() and not json:
+            render.mixture(mixture)
     if dry_run:
         render.plan(plan_quantization(model, recipe, setup, activations=activations, spill=spill), json=json)
         return

@@ -2,6 +2,7 @@
 
 from llmq.cli.render.console import records_or_json, reporting, save_records
 from llmq.cli.render.facts import calibration_set, description, environment, kernels, plan, quantized, schemes, stream
+from llmq.cli.render.mixing import mixture, sensitivities
 from llmq.cli.render.tables import (
     bandwidth,
     comparison,
@@ -25,12 +26,14 @@ __all__ = [
     "evaluation",
     "kernel_speeds",
     "kernels",
+    "mixture",
     "plan",
     "quantized",
     "records_or_json",
     "reporting",
     "save_records",
     "schemes",
+    "sensitivities",
     "speed",
     "stored_table",
     "stream",
