@@ -105,7 +105,7 @@ class SensitivityRequest:
                 raise UsageError(f"candidate {text} is named twice; name it once.")
         return found
 
-    def settle_method(self, needs_factors: bool) -> Method:  # noqa: FBT001 - a fact, not a switch
+    def settle_method(self, *, needs_factors: bool) -> Method:
         """Return the method; raises UsageError for one that there is not."""
         if self.method is None:
             return "fisher" if needs_factors else "measured"
@@ -145,7 +145,7 @@ def measure_sensitivity(
     setup.apply()
     checkpoint = _original(path)
     candidates = request.resolve(recipe.resolve())
-    method = request.settle_method(any(Needs.FISHER in each.needs for each in (recipe.resolve(), *candidates)))
+    method = request.settle_method(needs_factors=any(Needs.FISHER in each.needs for each in (recipe.resolve(), *candidates)))
     settled = _settle(checkpoint, recipe, setup)
     own = _own(settled)
     held_out = request.held_out if method == "measured" else 0
