@@ -104,10 +104,10 @@ GPTQ_PARTS, BEST_PARTS = "What each part of int4-gptq gives, groups of 128", "Wh
 
 def _of_group(section: str, group: int) -> Iterator[Row]:
     """Yield llmq's int4 rows of one group size."""
-    data_free = {"search": "hqq"}
+    for grid, options in GRIDS.items():
+        yield _ours(section, f"int4 RTN {grid} g={group}", "int4", 0, group_size=group, search="range", **options)
     for grid, options in GRIDS.items():
         yield _ours(section, f"int4 {grid} g={group}", "int4", 0, group_size=group, **options)
-    yield _ours(section, f"int4 searched g={group}", "int4", 0, group_size=group, **data_free)
     for grid, options in GRIDS.items():
         yield _ours(section, f"int4-gptq {grid} g={group}", "int4-gptq", 128, group_size=group, **options)
     yield _ours(section, f"int4-awq g={group}", "int4-awq", 128, group_size=group)
@@ -143,10 +143,12 @@ def _rows() -> Iterator[Row]:
     for kind in ("Q4_0", "Q4_1", "Q4_K_S", "IQ4_NL"):
         yield _llama_cpp(G32, kind)
     yield _ours(MIXED, "mixed 4.55 bpw", "int4-best", 512, "--target-bpw", "4.55")
+    yield _ours(CHANNEL, "int4 RTN per channel", "int4", 0, group_size="channel", search="range")
     for scheme, windows in (("int4", 0), ("int4-gptq", 128), ("int4-best", 512)):
-        yield _ours(CHANNEL, f"{scheme} per channel", scheme, windows, group_size="none")
+        yield _ours(CHANNEL, f"{scheme} per channel", scheme, windows, group_size="channel")
     for bits, section in ((3, INT3), (2, INT2)):
         for group in (128,) if bits == 3 else (128, 64):
+            yield _ours(section, f"int{bits} RTN g={group}", f"int{bits}", 0, group_size=group, search="range")
             for scheme, windows in ((f"int{bits}", 0), (f"int{bits}-gptq", 128), (f"int{bits}-best", 512)):
                 yield _ours(section, f"{scheme} g={group}", scheme, windows, group_size=group)
     yield _autoround(INT3, "AutoRound int3 asym g=128", group_size=128, sym=False, bits=3)
@@ -170,14 +172,21 @@ def _ablations() -> Iterator[Row]:
             yield _ours(section, f"{scheme}: {option}={value}", scheme, windows, group_size=128, **{option: value})
 
 
-GPTQ_CHANGES: tuple[tuple[str, Any], ...] = ()
+GPTQ_CHANGES: tuple[tuple[str, Any], ...] = (
+    ("search", "range"),
+    ("search", "error"),
+    ("correction", 0),
+    ("refit", "false"),
+    ("sweeps", 0),
+    ("act_order", "false"),
+)
 BEST_CHANGES: tuple[tuple[str, Any], ...] = ()
 
 ROWS: Mapping[str, Row] = {row.name: row for row in _rows()}
 
 _HELD_OUT = (
+    "int4 RTN asym g=128",
     "int4 asym g=128",
-    "int4 searched g=128",
     "int4-gptq asym g=128",
     "int4-awq g=128",
     "int4-autoround g=128",

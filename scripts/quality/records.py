@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Sequence
 from math import exp
 from pathlib import Path
@@ -81,8 +83,12 @@ class RecordFile:
     def __init__(self, path: Path, suite: Suite) -> None:
         self.path, self.suite = path, suite
         self.records: dict[str, ResultRecord] = {}
-        if path.exists():
-            self.records = {record.subject.scheme: record for record in read_records(path)}
+        self.read()
+
+    def read(self) -> None:
+        """Take what is on disk."""
+        if self.path.exists():
+            self.records = {record.subject.scheme: record for record in read_records(self.path)}
 
     def has(self, row: Row) -> bool:
         """Whether the row was measured as the catalogue has it now."""
@@ -95,8 +101,18 @@ class RecordFile:
         )
 
     def put(self, record: ResultRecord) -> None:
-        """Keep a record, and write the file anew: rows in the catalogue's order, without rows that it no longer has."""
-        self.records[record.subject.scheme] = record
-        ordered: Sequence[ResultRecord] = [self.records[name] for name in ROWS if name in self.records]
-        with atomic_path(self.path, force=True) as temporary:
-            append_records(temporary, ordered)
+        """Keep a record, and write the file anew: rows in the catalogue's order, without rows that it no longer has.
+
+        Several processes may measure rows of one suite: each adds to what is on disk by then.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            self.read()
+            self.records[record.subject.scheme] = record
+            ordered: Sequence[ResultRecord] = [self.records[name] for name in ROWS if name in self.records]
+            with atomic_path(self.path, force=True) as temporary:
+                append_records(temporary, ordered)
+        finally:
+            os.close(folder)  # which also gives the lock back
