@@ -53,7 +53,7 @@ class DistillSettings:
 
     epochs: int = 4
     batch: int = 8
-    rate: float = 1e-3
+    rate: float = 4e-3
     zero_rate: float = 1e-2
     norms: bool = True
     temperature: float = 1.0
