@@ -16,37 +16,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmq.algorithms.gptq import Factor
 from llmq.errors import ShapeError, UsageError
 
 
-def corrected_target(weight: Tensor, hessian: Tensor, upstream: Tensor, strength: float) -> Tensor:
+def corrected_target(weight: Tensor, factor: Factor, upstream: Tensor, strength: float) -> Tensor:
     """Return W + strength W D H^-1.
 
     Args:
         weight: W [N, K], floating point.
-        hessian: H [K, K], damped: it has to be positive definite.
+        factor: of H [K, K], damped; see `gptq.factorise`.
         upstream: D [K, K], rows by x_f - x_q and columns by x_q: `Statistics.upstream`.
         strength: how much of the correction is taken, from 0 to 1.
 
     Returns:
-        [N, K] in the wider dtype of weight and Hessian; computed in fp64. Where H cannot be factorised, the weight itself.
+        [N, K] in the wider dtype of weight and factor; the weight itself where the correction is not finite.
 
     Raises:
         ShapeError: shapes do not belong together.
         UsageError: strength is not from 0 to 1.
     """
     k = weight.shape[1]
-    if tuple(hessian.shape) != (k, k) or tuple(upstream.shape) != (k, k):
+    if len(factor.order) != k or tuple(upstream.shape) != (k, k):
         raise ShapeError(
-            f"a weight of {k} inputs needs a Hessian and upstream statistics [{k}, {k}], got {list(hessian.shape)} and "
+            f"a weight of {k} inputs needs a Hessian and upstream statistics [{k}, {k}], got a factor of {len(factor.order)} and "
             f"{list(upstream.shape)}."
         )
     if not 0 <= strength <= 1:
         raise UsageError(f"strength of the correction must be from 0 to 1, got {strength}.")
-    dtype = torch.promote_types(weight.dtype, hessian.dtype)
-    lower, info = torch.linalg.cholesky_ex(hessian.double())
-    if strength == 0 or int(info) != 0:
-        return weight.to(dtype)
-    moved = torch.cholesky_solve((weight.to(dtype) @ upstream.to(dtype)).double().t(), lower).t()
-    result = (weight.double() + strength * moved).to(dtype)
-    return result if bool(torch.isfinite(result).all()) else weight.to(dtype)
+    upper = factor.unit_upper
+    dtype = torch.promote_types(weight.dtype, upper.dtype)
+    weight, upper = weight.to(dtype), upper.to(dtype)
+    # (W D) (U diag(pivots) U^T)^-1, in the order of the factor
+    moved = (weight @ upstream.to(dtype))[:, factor.order]
+    moved = torch.linalg.solve_triangular(upper.t(), moved, upper=False, left=False, unitriangular=True)
+    moved /= factor.pivots.to(dtype)
+    moved = torch.linalg.solve_triangular(upper, moved, upper=True, left=False, unitriangular=True)
+    result = weight.clone()
+    result[:, factor.order] += strength * moved
+    return result if bool(torch.isfinite(result).all()) else weight

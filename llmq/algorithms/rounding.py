@@ -16,10 +16,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from llmq.algorithms.coordinate import sweep
 from llmq.algorithms.correction import corrected_target
-from llmq.algorithms.gptq import Factorised, GptqOptions, factorise, gptq
+from llmq.algorithms.gptq import Factor, Factorised, GptqOptions, factorise, gptq
 from llmq.algorithms.metric import Metric, damped
 from llmq.algorithms.refit import Scales, refit
 from llmq.algorithms.rtn import choose_scales, numbers_of, quantize_rtn, round_to_grid, work_dtype
@@ -138,7 +139,7 @@ def round_linear(
         return nearest, RoundingReport(None, None, rtn_rows=n, fallback="the Hessian is not finite")
 
     if factorised is None:
-        factorised = factorise(plain.inputs, options.gptq_options())
+        factorised = _factorised(plain.inputs, options.gptq_options())
     factor, tried = factorised
     dead = int((plain.inputs.diagonal() == 0).sum())
     work = weight.to(torch.promote_types(work_dtype(weight), plain.inputs.dtype))
@@ -147,7 +148,7 @@ def round_linear(
         why = f"the Hessian is not positive definite, even with {tried[-1]:g} of its mean diagonal added"
         return nearest, RoundingReport(loss, loss, tried[-1], dead, n, why)
     metric = damped_metric(plain, factor.damping, options.damping)
-    target = _target(work, statistics, options, factor.damping)
+    target = _target(work, statistics, options, factor)
     nearest_loss = metric.loss(target - nearest.dequantize(work.dtype))
     steps = [("rtn", nearest_loss)]
 
@@ -199,6 +200,20 @@ def polish(
     return codes, scales, steps
 
 
+_KEPT: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Factors by the Hessian that they are of, as long as that lives: linears of one input are quantized one after another."""
+
+
+def _factorised(hessian: Tensor, options: GptqOptions) -> Factorised:
+    key = (options.damping, options.act_order, hessian._version)  # noqa: SLF001 - the only way to see a change: a Hessian that was changed since is another one
+    kept = _KEPT.get(hessian, None)
+    if kept is None or kept[0] != key:
+        kept = (key, factorise(hessian, options))
+        _KEPT[hessian] = kept
+    found: Factorised = kept[1]
+    return found
+
+
 def metric_of(statistics: Statistics, name: MetricName) -> Metric:
     """Return the undamped metric of that name; raises SchemeError when a factor that it needs is missing."""
     inputs = statistics.input_factor if name == "fisher" else statistics.hessian
@@ -213,14 +228,17 @@ def damped_metric(metric: Metric, inputs: float, outputs: float) -> Metric:
     return Metric(damped(metric.inputs, inputs), None if metric.outputs is None else damped(metric.outputs, outputs))
 
 
-def _target(work: Tensor, statistics: Statistics, options: RoundingOptions, damping: float) -> Tensor:
+def _target(work: Tensor, statistics: Statistics, options: RoundingOptions, factor: Factor) -> Tensor:
     if options.correction == 0:
         return work
     if statistics.upstream is None:
         raise SchemeError(
             "correction needs statistics of the original model's inputs (upstream); gather them, or use correction=0."
         )
-    return corrected_target(work, damped(statistics.hessian, damping), statistics.upstream, options.correction)
+    if options.metric == "fisher":  # the factor is that of H_I, and the correction is about the inputs themselves
+        own, _ = factorise(statistics.hessian, options.gptq_options())
+        return work if own is None else corrected_target(work, own, statistics.upstream, options.correction)
+    return corrected_target(work, factor, statistics.upstream, options.correction)
 
 
 def _scales(target: Tensor, grid: IntGrid, metric: Metric, options: RoundingOptions) -> Scales:

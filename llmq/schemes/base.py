@@ -35,12 +35,12 @@ class NoOptions(SchemeOptions):
     """For schemes that leave nothing to choose."""
 
 
-def _number(value: object) -> object:
+def number(value: object) -> object:
     """Read an integer that came as text, as `-S group_size=64` gives it; anything else is left for the type to refuse."""
     return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
-GroupSize = Annotated[Literal[32, 64, 128, 256], BeforeValidator(_number)]
+GroupSize = Annotated[Literal[32, 64, 128, 256], BeforeValidator(number)]
 """The group sizes for which every int4 kernel of the field is written."""
 
 Mapping = Literal["symmetric", "symmetric_no_clipping_err"]

@@ -1,67 +1,56 @@
-"""int4 (W4A16): int4 weights in groups, rounded to nearest; the activations stay as they are."""
+"""int4, int3 and int2 (W4A16, …): weights in groups, with scales searched without data; the activations stay as they are."""
 
 from __future__ import annotations
 
-from typing import Literal
+import time
 
-from pydantic import Field, model_validator
+from torch import Tensor
 
+from llmq.algorithms.report import LayerReport, sqnr_db
+from llmq.algorithms.rtn import quantize_rtn, round_to_grid, work_dtype
+from llmq.algorithms.scale_search import SearchOptions, search_scales
+from llmq.algorithms.statistics import Statistics
 from llmq.numerics.affine import MappingType
-from llmq.numerics.grid import IntGrid, LinearFormat
-from llmq.schemes.base import MAPPING_FIELD, GroupSize, Mapping, Scheme, SchemeOptions, symmetric_mapping
+from llmq.numerics.grid import LinearFormat
+from llmq.numerics.weight import QuantizedWeight
+from llmq.schemes.base import Scheme
+from llmq.schemes.group_options import GroupOptions
 
 
-class Int4Options(SchemeOptions):
-    """Options of `int4`, and of every scheme on its grid."""
+class IntGroups(Scheme[GroupOptions]):
+    """Integers of `bits` bits by group, asymmetric with a floating zero point as tinygemm has it, unless asked otherwise."""
 
-    group_size: GroupSize = Field(
-        128, description="consecutive inputs of a row that share a scale", json_schema_extra={"unit": "inputs"}
-    )
-    symmetric: bool = Field(default=False, description="a grid around zero, without zero points")
-    zero_point: Literal["float", "int"] = Field(
-        "float", description="of an asymmetric grid: a number (tinygemm's bf16), or an integer code"
-    )
-    mapping: Mapping = MAPPING_FIELD
+    Options = GroupOptions
 
-    def idle(self) -> set[str]:
-        """See `SchemeOptions.idle`."""
-        return {"zero_point"} if self.symmetric else {"mapping"}
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.name = f"int{bits}"  # type: ignore[misc]  # one class, a scheme for each width
+        self.summary = f"int{bits} weights by group, scales searched without data (W{bits}A16)"  # type: ignore[misc]
 
-    @model_validator(mode="after")
-    def _agree(self) -> Int4Options:
-        if self.symmetric and "zero_point" in self.model_fields_set:
-            raise ValueError("symmetric=true has no zero point; leave zero_point out")
-        if not self.symmetric and "mapping" in self.model_fields_set:
-            raise ValueError("mapping is for symmetric grids; add symmetric=true, or leave mapping out")
-        return self
-
-
-def int4_format(options: Int4Options) -> LinearFormat:
-    """Return the format that these options ask for."""
-    zero_point = "none" if options.symmetric else options.zero_point
-    grid = IntGrid(4, options.group_size, symmetric=options.symmetric, zero_point=zero_point, scale_dtype="bfloat16")
-    return LinearFormat(grid)
-
-
-def int4_mapping(options: Int4Options) -> MappingType:
-    """Return how these options lay a range over the codes."""
-    return symmetric_mapping(options.mapping) if options.symmetric else MappingType.ASYMMETRIC
-
-
-class Int4(Scheme[Int4Options]):
-    """int4 by group, asymmetric with a floating zero point as tinygemm has it, unless asked otherwise."""
-
-    name = "int4"
-    summary = "int4 weights by group, round to nearest (W4A16)"
-    Options = Int4Options
-
-    def format(self, options: Int4Options) -> LinearFormat:
+    def format(self, options: GroupOptions) -> LinearFormat:
         """See `Scheme.format`."""
-        return int4_format(options)
+        return options.format(self.bits)
 
-    def mapping(self, options: Int4Options) -> MappingType:
+    def mapping(self, options: GroupOptions) -> MappingType:
         """See `Scheme.mapping`."""
-        return int4_mapping(options)
+        return options.range_mapping()
+
+    def quantize_weight(
+        self, weight: Tensor, statistics: Statistics | None, options: GroupOptions, fqn: str = "weight"
+    ) -> tuple[QuantizedWeight, LayerReport]:
+        """See `Scheme.quantize_weight`; statistics are used where there are some and `search` is 'weighted'."""
+        started = time.perf_counter()
+        grid = options.grid(self.bits)
+        if options.search == "range":
+            quantized = quantize_rtn(weight, grid, mapping=self.mapping(options))
+        else:
+            known = statistics if options.search == "weighted" else None
+            importance = None if known is None else known.hessian.diagonal()
+            scales = search_scales(weight, grid, importance, SearchOptions(mapping=self.mapping(options)))
+            codes = round_to_grid(weight.to(work_dtype(weight)), grid, *scales)
+            quantized = QuantizedWeight.from_codes(grid, codes, *scales)
+        noise = sqnr_db(weight, quantized.dequantize())
+        return quantized, LayerReport(fqn, (weight.shape[0], weight.shape[1]), noise, seconds=time.perf_counter() - started)
 
 
-SCHEMES = (Int4(),)
+SCHEMES = (IntGroups(4), IntGroups(3), IntGroups(2))

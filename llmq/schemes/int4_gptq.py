@@ -1,65 +1,46 @@
-"""int4-gptq (W4A16): the same grid and kernels as `int4`, with the codes chosen by GPTQ (arXiv:2210.17323)."""
+"""int4-gptq, int3-gptq, int2-gptq: the grids and kernels of `int4` …, with codes and scales chosen by `algorithms.rounding`."""
 
 from __future__ import annotations
 
 import time
 
-from pydantic import Field
 from torch import Tensor
 
-from llmq.algorithms.gptq import GptqOptions, gptq
 from llmq.algorithms.report import LayerReport, sqnr_db
+from llmq.algorithms.rounding import round_linear
 from llmq.algorithms.statistics import Needs, Statistics
 from llmq.errors import SchemeError
 from llmq.numerics.affine import MappingType
-from llmq.numerics.grid import IntGrid, LinearFormat
+from llmq.numerics.grid import LinearFormat
 from llmq.numerics.weight import QuantizedWeight
 from llmq.schemes.base import Scheme
-from llmq.schemes.int4 import Int4Options, int4_format, int4_mapping
-
-_DEFAULTS = GptqOptions()
+from llmq.schemes.group_options import CalibratedOptions
 
 
-class Int4GptqOptions(Int4Options):
-    """Options of `int4-gptq`: those of `int4`, and how GPTQ runs."""
+class IntGptq(Scheme[CalibratedOptions]):
+    """Integers of `bits` bits by group; each column's rounding errors are made up for by the columns after it, then polished."""
 
-    damping: float = Field(
-        _DEFAULTS.damping,
-        ge=0,
-        le=1,
-        description="added to the Hessian's diagonal; ten times more where it cannot be factorised",
-        json_schema_extra={"unit": "fraction of the mean diagonal"},
-    )
-    act_order: bool = Field(_DEFAULTS.act_order, description="round the columns by falling activation energy")
-    block_size: int = Field(
-        _DEFAULTS.block_size,
-        ge=1,
-        description="columns between two large matrix products; changes the speed, not the codes",
-        json_schema_extra={"unit": "columns"},
-    )
+    Options = CalibratedOptions
 
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.name = f"int{bits}-gptq"  # type: ignore[misc]  # one class, a scheme for each width
+        self.summary = f"int{bits} weights by group, GPTQ with calibration text (W{bits}A16)"  # type: ignore[misc]
 
-class Int4Gptq(Scheme[Int4GptqOptions]):
-    """int4 by group, with each column's rounding errors made up for by the columns after it."""
-
-    name = "int4-gptq"
-    summary = "int4 weights by group, GPTQ with calibration text (W4A16)"
-    Options = Int4GptqOptions
-
-    def needs(self, options: Int4GptqOptions) -> Needs:  # noqa: ARG002
+    def needs(self, options: CalibratedOptions) -> Needs:
         """See `Scheme.needs`."""
-        return Needs.INPUTS
+        return options.rounding_needs()
 
-    def format(self, options: Int4GptqOptions) -> LinearFormat:
+    def format(self, options: CalibratedOptions) -> LinearFormat:
         """See `Scheme.format`."""
-        return int4_format(options)
+        return options.format(self.bits)
 
-    def mapping(self, options: Int4GptqOptions) -> MappingType:
+    def mapping(self, options: CalibratedOptions) -> MappingType:
         """See `Scheme.mapping`."""
-        return int4_mapping(options)
+        return options.range_mapping()
 
     def quantize_weight(
-        self, weight: Tensor, statistics: Statistics | None, options: Int4GptqOptions, fqn: str = "weight"
+        self, weight: Tensor, statistics: Statistics | None, options: CalibratedOptions, fqn: str = "weight"
     ) -> tuple[QuantizedWeight, LayerReport]:
         """See `Scheme.quantize_weight`."""
         if statistics is None:
@@ -67,11 +48,8 @@ class Int4Gptq(Scheme[Int4GptqOptions]):
                 f"{self.name} needs statistics of the inputs of {fqn}; calibrate (llmq.calibration.quantize_sequential), or pass "
                 "its Hessian in `statistics`."
             )
-        grid = self.format(options).weight
-        assert isinstance(grid, IntGrid)  # int4_format makes no other
         started = time.perf_counter()
-        how = GptqOptions(options.damping, options.act_order, options.block_size, self.mapping(options))
-        quantized, done = gptq(weight, statistics.hessian, grid, how)
+        quantized, done = round_linear(weight, statistics, options.grid(self.bits), options.rounding())
         report = LayerReport(
             fqn,
             (weight.shape[0], weight.shape[1]),
@@ -87,4 +65,4 @@ class Int4Gptq(Scheme[Int4GptqOptions]):
         return quantized, report
 
 
-SCHEMES = (Int4Gptq(),)
+SCHEMES = (IntGptq(4), IntGptq(3), IntGptq(2))

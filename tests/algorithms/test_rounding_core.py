@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmq.algorithms.coordinate import sweep
 from llmq.algorithms.correction import corrected_target
-from llmq.algorithms.gptq import factorise
+from llmq.algorithms.gptq import GptqOptions, factorise
 from llmq.algorithms.metric import Metric, damped
 from llmq.algorithms.refit import RIDGE, refit
 from llmq.algorithms.rounding import RoundingOptions, polish, round_linear
@@ -149,10 +149,12 @@ def test_correction_is_the_least_squares_solution() -> None:
     hessian = 2 / 300 * quantized.T @ quantized
     upstream = 2 / 300 * (original - quantized).T @ quantized
     wanted = torch.linalg.lstsq(quantized, original @ weight.T).solution.T
-    target = corrected_target(weight, hessian, upstream, 1.0)
+    factor, _ = factorise(hessian, GptqOptions(damping=0))
+    assert factor is not None
+    target = corrected_target(weight, factor, upstream, 1.0)
     assert torch.allclose(target, wanted, rtol=1e-9, atol=1e-9)
     assert torch.allclose(
-        corrected_target(weight, hessian, upstream, 0.25), weight + 0.25 * (wanted - weight), rtol=1e-9, atol=1e-9
+        corrected_target(weight, factor, upstream, 0.25), weight + 0.25 * (wanted - weight), rtol=1e-9, atol=1e-9
     )
     # and any other weight loses its distance from the target under H on top of the minimum
     other = weight + 0.1

@@ -17,20 +17,20 @@ PAGE = Path(__file__).parents[2] / "docs" / "adding-a-scheme.md"
 
 def test_the_page_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    (tmp_path / "int3.py").write_text(code)
+    (tmp_path / "int5.py").write_text(code)
     monkeypatch.setattr(llmq.schemes, "__path__", [*llmq.schemes.__path__, str(tmp_path)])
     registry._schemes.cache_clear()
     try:
-        assert "int3" in registry.scheme_names()
-        assert registry.describe_schemes("int3")[0]["bits_per_weight"] == 3.5
+        assert "int5" in registry.scheme_names()
+        assert registry.describe_schemes("int5")[0]["bits_per_weight"] == 5.5
         module = nn.Linear(128, 8)
         weight = module.weight.detach().clone()
-        coverage = quantize_(module, "int3", options={"group_size": "64"})
-        assert coverage.rows[0].target == "int3 g64 float zero"
-        assert coverage.bits_per_weight == 3.5
+        coverage = quantize_(module, "int5", options={"group_size": "64"})
+        assert coverage.rows[0].target == "int5 g64 float zero"
+        assert coverage.bits_per_weight == 5.5
         step = module.weight.weight.scale.float().repeat_interleave(64, 1)
         assert ((module.weight.dequantize() - weight).abs() <= 0.55 * step).all()
         assert module(torch.randn(2, 128)).shape == (2, 8)
     finally:
         registry._schemes.cache_clear()
-        sys.modules.pop("llmq.schemes.int3", None)
+        sys.modules.pop("llmq.schemes.int5", None)
