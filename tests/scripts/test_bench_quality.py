@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -310,3 +311,49 @@ def test_tables_are_made_of_records_of_one_protocol(script, tmp_path: Path, run)
     with pytest.raises(UsageError, match="'first' and 'other' differ in their protocol"):
         section_text(path)
     assert math.isclose(record("x", 0.1).metrics["kl_mean"].stderr, 0.001)
+
+
+def test_two_processes_keep_each_others_records(script, tmp_path: Path, run) -> None:
+    from types import SimpleNamespace
+
+    from quality.catalogue import ROWS, SUITES
+    from quality.records import RecordFile, refused
+
+    from llmq.results.environment import capture
+
+    checkpoint = SimpleNamespace(sha256="0" * 64)
+    corpus = SimpleNamespace(name="m", checkpoint=checkpoint, tokenizer=SimpleNamespace(sha256="1" * 64))
+    one, other = (RecordFile(tmp_path / "x" / "records.jsonl", SUITES["wt2-8m"]) for _ in range(2))
+    one.put(refused(ROWS["fake same"], corpus, "first", capture(1)))
+    other.put(refused(ROWS["fake coarse"], corpus, "second", capture(1)))
+    one.put(refused(ROWS["fake same"], corpus, "third", capture(1)))
+    found = {record.subject.scheme: record.notes for record in read_records(one.path)}
+    assert found == {"fake same": ["not measured: third"], "fake coarse": ["not measured: second"]}
+    assert not one.has(ROWS["fake same"]), "what was refused is tried again"
+
+
+def test_the_last_words_of_a_log(script) -> None:
+    from quality.making import last_words
+
+    assert last_words("") == "no message"
+    assert last_words("one\n\nValueError: two three\n----\n") == "ValueError: two three"
+    assert last_words("a\nllmq.errors.UsageError: unknown scheme 'x'.\n") == "unknown scheme 'x'."
+
+
+@pytest.mark.slow
+def test_llama_cpp_hands_over_its_weights(run, wt2_8m: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = os.environ.get("LLMQ_PEERS_DIR")
+    if place is None:
+        pytest.skip("no environment of llama.cpp (set LLMQ_PEERS_DIR to a folder that bench_peers.py --setup has filled)")
+    from peers import environments
+    from quality import making
+
+    monkeypatch.setattr(environments, "REQUIREMENTS", REPO / "configs" / "peers")
+    monkeypatch.setattr(making, "SCRIPTS", SCRIPTS)
+    (tmp_path / "envs" / "llama_cpp").symlink_to(Path(place) / "llama_cpp")
+    code, output, records = run("llama.cpp Q4_0,llama.cpp Q4_K_S")
+    assert code == 0, output
+    plain, mixed = records["llama.cpp Q4_0"], records["llama.cpp Q4_K_S"]
+    assert plain.subject.bits_per_weight == pytest.approx(4.5)
+    assert 4.5 < mixed.subject.bits_per_weight < 4.7
+    assert 0.002 < mixed.metrics["kl_mean"].value < plain.metrics["kl_mean"].value < 0.03
