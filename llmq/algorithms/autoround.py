@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmq.algorithms.simulate import Forward, Work, replaced
+from llmq.algorithms.simulate import Forward, Work, importance_of, replaced
 from llmq.errors import SchemeError, UsageError
 from llmq.numerics.grid import ActivationGrid, IntGrid
 from llmq.numerics.weight import QuantizedWeight, torch_dtype
@@ -47,6 +47,7 @@ class TuneOptions:
         check_every: updates between two measurements.
         check_windows: windows that a state is measured on, the same ones every time.
         seed: of the order of windows.
+        relative: weigh a token's error by 1 / mean square of its target, as the norm that comes next will; else alike.
     """
 
     steps: int = 200
@@ -57,6 +58,7 @@ class TuneOptions:
     check_every: int = 20
     check_windows: int = 32
     seed: int = 0
+    relative: bool = True
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.check_every, self.check_windows) < 1:
@@ -70,7 +72,7 @@ class TuneReport:
     """What learning did to a block.
 
     Attributes:
-        first_loss: mean squared error of the block's output before learning, on the windows that states are measured on.
+        first_loss: (weighted) mean squared error of the block's output before learning, on windows chosen for that.
         loss: of the state that was kept; never above `first_loss`.
         step: after how many updates it was reached; 0: nothing was better than the start.
         changed: share of codes that are not what they were.
@@ -208,17 +210,17 @@ def tune(tuning: Tuning, options: TuneOptions) -> tuple[dict[str, QuantizedWeigh
         return {}, TuneReport(0.0, 0.0, 0, 0.0)
     updater = _Updater(list(tuned.values()), options)
     checked = windows.spread(options.check_windows)
-    first = keep.offer(_measure(tuning, tuned, windows, checked, options.batch), 0)
+    first = keep.offer(_measure(tuning, tuned, windows, checked, options), 0)
     order = windows.order(options.batch, options.seed)
     for step in range(1, options.steps + 1):
         with torch.enable_grad():
             for parameter in updater.parameters:
                 parameter.requires_grad_()
-            loss = _loss(tuning, tuned, *windows.take(next(order)))
+            loss = _loss(tuning, tuned, *windows.take(next(order), relative=options.relative))
             gradients = torch.autograd.grad(loss, updater.parameters)
         updater.update(gradients, 1 - (step - 1) / options.steps)
         if step % options.check_every == 0 or step == options.steps:
-            keep.offer(_measure(tuning, tuned, windows, checked, options.batch), step)
+            keep.offer(_measure(tuning, tuned, windows, checked, options), step)
     keep.restore()
     result = {name: weight.quantized() for name, weight in tuned.items()} if keep.step else dict(tuning.weights)
     total = sum(weight.shape[0] * weight.shape[1] for weight in result.values())
@@ -226,13 +228,13 @@ def tune(tuning: Tuning, options: TuneOptions) -> tuple[dict[str, QuantizedWeigh
     return result, TuneReport(first, keep.loss, keep.step, changed / total)
 
 
-def _loss(tuning: Tuning, tuned: Mapping[str, TunedWeight], h: Tensor, target: Tensor) -> Tensor:
+def _loss(tuning: Tuning, tuned: Mapping[str, TunedWeight], h: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     grids = tuning.activations or {}
     forwards = {name: _forward(tuning, name, weight.numbers(), grids.get(name)) for name, weight in tuned.items()}
     with replaced(tuning.work.module, forwards):
         difference = tuning.work.run(h) - target
     seen = difference if tuning.metric is None else difference @ tuning.metric.to(difference.dtype)
-    return (seen * difference).sum() / difference.numel()
+    return ((seen * difference).mean(-1) * weight).mean()
 
 
 def _forward(tuning: Tuning, name: str, numbers: Tensor, grid: ActivationGrid | None) -> Forward:
@@ -249,13 +251,15 @@ def _forward(tuning: Tuning, name: str, numbers: Tensor, grid: ActivationGrid | 
     return forward
 
 
-def _measure(tuning: Tuning, tuned: Mapping[str, TunedWeight], windows: _Windows, chosen: Sequence[int], batch: int) -> float:
+def _measure(
+    tuning: Tuning, tuned: Mapping[str, TunedWeight], windows: _Windows, chosen: Sequence[int], options: TuneOptions
+) -> float:
     """Return the mean loss over the windows that are `chosen`."""
     total = 0.0
     with torch.no_grad():
-        for start in range(0, len(chosen), batch):
-            part = chosen[start : start + batch]
-            total += _loss(tuning, tuned, *windows.take(part)).item() * len(part)
+        for start in range(0, len(chosen), options.batch):
+            part = chosen[start : start + options.batch]
+            total += _loss(tuning, tuned, *windows.take(part, relative=options.relative)).item() * len(part)
     loss = total / len(chosen)
     if not loss < float("inf"):
         raise SchemeError("the loss of block-wise learning is not finite; the model is broken before it is quantized.")
@@ -269,15 +273,17 @@ class _Windows:
         if len(inputs) != len(targets) or any(h.shape != y.shape for h, y in zip(inputs, targets, strict=True)):
             raise SchemeError("block-wise learning needs a target for every input; record the original block's outputs.")
         self.inputs, self.targets = inputs, targets
+        self._mean = float(torch.cat([importance_of(y).reshape(-1) for y in targets]).mean()) if targets else 1.0
         self.places = [(batch, row) for batch, h in enumerate(inputs) for row in range(h.shape[0])]
         if not self.places:
             raise SchemeError("block-wise learning needs at least one window of calibration text.")
 
-    def take(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets [B, T, hidden], fp32."""
+    def take(self, chosen: Sequence[int], *, relative: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inputs and targets [B, T, hidden], and the weights of tokens [B, T], 1 on average; fp32."""
         places = [self.places[index] for index in chosen]
         h = torch.stack([self.inputs[batch][row] for batch, row in places]).float()
-        return h, torch.stack([self.targets[batch][row] for batch, row in places]).float()
+        target = torch.stack([self.targets[batch][row] for batch, row in places]).float()
+        return h, target, importance_of(target) / self._mean if relative else target.new_ones(target.shape[:2])
 
     def spread(self, count: int) -> list[int]:
         """Return at most `count` windows, evenly spread."""

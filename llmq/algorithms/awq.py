@@ -60,7 +60,7 @@ class AwqReport:
     Attributes:
         producer: where the scales were folded into.
         exponent: a; None where no scales were better than none.
-        error: mean squared error of the output with rounded weights and the scales that were kept.
+        error: of the output, see `Replay.error`, with rounded weights and the scales that were kept.
         plain_error: the same without scales; never below `error`.
     """
 
@@ -89,16 +89,16 @@ def awq_(work: Work, grid: IntGrid, mapping: MappingType | None, options: AwqOpt
     reports = []
     for pair in fold_pairs(work.module, work.linears):
         part = part_of(pair.consumers[0])
-        replays, inputs = record(work, [part], inputs_of=pair.consumers[:1], tokens=options.tokens)
+        seen = record(work, [part], inputs_of=pair.consumers[:1], tokens=options.tokens)
         linears = {name: work.linears[name] for name in pair.consumers}
-        x_mean = pair.gather(inputs[pair.consumers[0]].abs().mean(0)).mean(0)
+        x_mean = pair.gather(seen.inputs[pair.consumers[0]].abs().mean(0)).mean(0)
         w_mean = _relative_mean(linears, pair, grid) if options.scales == "both" else None
-        plain = _error(replays[part], linears, None, grid, mapping)
+        plain = _error(seen.replays[part], linears, None, grid, mapping)
         best, exponent, kept = plain, None, None
         for index in range(options.candidates):
             power = index / options.candidates
             scale = awq_scale(x_mean, w_mean, power)
-            error = _error(replays[part], linears, pair.expand(scale), grid, mapping)
+            error = _error(seen.replays[part], linears, pair.expand(scale), grid, mapping)
             if error < best:
                 best, exponent, kept = error, power, scale
         if kept is not None:

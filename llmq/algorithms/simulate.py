@@ -2,6 +2,9 @@
 
 Searches over scales (AWQ, SmoothQuant) ask this dozens of times. The inputs of the part that a linear belongs to (its
 attention or its MLP) are therefore recorded once, and only that part is run again.
+
+An error counts relative to the residual stream that it is added to: the norm of whatever comes next divides both by the stream's
+size, so a token whose stream is twice as large bears an error twice as large. `importance` is that weight of a token.
 """
 
 from __future__ import annotations
@@ -70,23 +73,45 @@ class Replay:
         prefix: its name in the block, with the dot that its linears' names go on with; the whole name where the part is a linear.
         calls: positional and keyword arguments of each call.
         outputs: the output of each call, fp32.
+        importance: [B, T] of each call.
     """
 
     module: nn.Module
     prefix: str
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     outputs: list[Tensor]
+    importance: list[Tensor]
 
     def error(self, forwards: Mapping[str, Forward]) -> float:
-        """Return the mean squared error of the part's output when linears (by their names in the block) compute `forwards`."""
+        """Return the part's mean squared error, weighted by tokens, when linears (by names in the block) compute `forwards`."""
         inside = {name.removeprefix(self.prefix): forward for name, forward in forwards.items()}
-        total, count = 0.0, 0
+        total, weight = 0.0, 0.0
         with torch.no_grad(), replaced(self.module, inside):
-            for (args, kwargs), output in zip(self.calls, self.outputs, strict=True):
-                difference = self.module(*args, **kwargs) - output
-                total += difference.square().sum(dtype=torch.float64).item()
-                count += difference.numel()
-        return total / count
+            for (args, kwargs), output, importance in zip(self.calls, self.outputs, self.importance, strict=True):
+                squares = (self.module(*args, **kwargs) - output).square().mean(-1)
+                total += (squares * importance).sum(dtype=torch.float64).item()
+                weight += importance.sum(dtype=torch.float64).item()
+        return total / weight
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What `record` saw.
+
+    Attributes:
+        replays: of each part, by name.
+        inputs: [n, K] of each linear, by name.
+        importance: [n] of the same tokens, 1 on average.
+    """
+
+    replays: dict[str, Replay]
+    inputs: dict[str, Tensor]
+    importance: Tensor
+
+
+def importance_of(stream: Tensor) -> Tensor:
+    """Return 1 / mean square [B, T] of a residual stream [B, T, hidden], fp32."""
+    return 1 / stream.float().square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def part_of(name: str) -> str:
@@ -95,8 +120,8 @@ def part_of(name: str) -> str:
 
 
 def record(
-    work: Work, parts: Sequence[str], *, inputs_of: Sequence[str], tokens: int
-) -> tuple[dict[str, Replay], dict[str, Tensor]]:
+    work: Work, parts: Sequence[str], *, inputs_of: Sequence[str], tokens: int, inputs: Sequence[Tensor] | None = None
+) -> Recording:
     """Run the block as it is, and record parts of it.
 
     Args:
@@ -104,16 +129,18 @@ def record(
         parts: names of modules in it, see `part_of`.
         inputs_of: names of linears.
         tokens: about how many tokens to run.
+        inputs: batches to run instead of all of the block's.
 
     Returns:
-        A replay of each part, and the inputs [n, K] of each linear of `inputs_of`.
+        A replay of each part, and the inputs of each linear of `inputs_of`.
 
     Raises:
         SchemeError: a part or linear did not run, or an input is not finite.
     """
     modules = {name: work.module.get_submodule(name) for name in dict.fromkeys(parts)}
     replays = {
-        name: Replay(module, name if isinstance(module, nn.Linear) else f"{name}.", [], []) for name, module in modules.items()
+        name: Replay(module, name if isinstance(module, nn.Linear) else f"{name}.", [], [], [])
+        for name, module in modules.items()
     }
     rows: dict[str, list[Tensor]] = {name: [] for name in inputs_of}
 
@@ -127,22 +154,26 @@ def record(
     def keep_rows(name: str) -> Any:
         return lambda _, args: rows[name].append(args[0].detach().float().reshape(-1, args[0].shape[-1]))
 
+    weights: list[Tensor] = []
     handles = [module.register_forward_hook(keep_call(name), with_kwargs=True) for name, module in modules.items()]
     handles += [work.module.get_submodule(name).register_forward_pre_hook(keep_rows(name)) for name in rows]
     try:
         with torch.no_grad():
-            for batch in sample_batches(work.inputs, tokens):
-                work.run(batch)
+            for batch in sample_batches(work.inputs if inputs is None else inputs, tokens):
+                weights.append(importance_of(work.run(batch)))
+                for replay in replays.values():
+                    replay.importance.append(weights[-1])
     finally:
         for handle in handles:
             handle.remove()
     silent = [name for name, replay in replays.items() if not replay.calls] + [name for name in rows if not rows[name]]
     if silent:
         raise SchemeError(f"{', '.join(silent)} did not run when the block did, so nothing is known of the inputs; use --skip.")
-    inputs = {name: torch.cat(batches) for name, batches in rows.items()}
-    for name, x in inputs.items():
+    found = {name: torch.cat(batches) for name, batches in rows.items()}
+    for name, x in found.items():
         if not bool(torch.isfinite(x).all()):
             raise SchemeError(
                 f"the inputs of {name} are not finite during calibration; the model is broken before it is quantized."
             )
-    return replays, inputs
+    importance = torch.cat([weight.reshape(-1) for weight in weights])
+    return Recording(replays, found, importance / importance.mean())

@@ -7,7 +7,7 @@ costs all the others. The paper's scales are
     s_k = max|x_k|^alpha / max|W_:k|^(1 - alpha)                                                     (equation 4)
 
 and alpha is searched here. They look at a channel's one largest value. The expected squared error itself is known: rounding
-errors are all but uniform, so with a = max_k |x_k| / s_k of each token, E the mean over tokens, and b_n = max_k |W_nk| s_k,
+errors are all but uniform, so with a = max_k |x_k| / s_k of each token, E a mean over tokens, and b_n = max_k |W_nk| s_k,
 
     noise(s) = E[a^2] / (12 * 127^2) * sum_k |W_:k|^2 s_k^2  +  sum_n b_n^2 / (12 * 127.5^2) * sum_k E[x_k^2] / s_k^2
 
@@ -80,7 +80,7 @@ class SmoothReport:
         producer: where the scales were folded into.
         kept: 'none', 'alpha' or 'learned'.
         alpha: the best of those that were tried; None where none was.
-        error: mean squared error of the simulated output with the scales that were kept.
+        error: of the simulated output with the scales that were kept, see `Replay.error`.
         plain_error: the same without scales; never below `error`.
     """
 
@@ -115,8 +115,8 @@ def smooth_(work: Work, form: LinearFormat, mapping: MappingType | None, options
 
 def _smooth_pair(work: Work, pair: FoldPair, simulate: Simulate, options: SmoothOptions) -> SmoothReport:
     part = part_of(pair.consumers[0])
-    replays, inputs = record(work, [part], inputs_of=pair.consumers[:1], tokens=options.tokens)
-    replay, x = replays[part], inputs[pair.consumers[0]]
+    seen = record(work, [part], inputs_of=pair.consumers[:1], tokens=options.tokens)
+    replay, x = seen.replays[part], seen.inputs[pair.consumers[0]]
     linears = {name: work.linears[name] for name in pair.consumers}
 
     def error(scale: Tensor | None) -> float:
@@ -131,7 +131,7 @@ def _smooth_pair(work: Work, pair: FoldPair, simulate: Simulate, options: Smooth
     kept: Smoothing = "alpha"
     if options.smoothing == "learned":
         weights = [linear.weight for linear in linears.values()]
-        learned = learned_scale(x, weights, pair, scale if best < plain else torch.ones_like(scale), options)
+        learned = learned_scale(x, weights, pair, scale if best < plain else torch.ones_like(scale), options, seen.importance)
         learned_error = error(learned)
         if learned_error < best:
             best, scale, kept = learned_error, learned, "learned"
@@ -153,7 +153,7 @@ def paper_scale(amax: Tensor, column_amax: Tensor, alpha: float) -> Tensor:
     return torch.exp(log_scale - log_scale.mean())
 
 
-def noise(scale: Tensor, x: Tensor, weights: list[Tensor], pair: FoldPair) -> Tensor:
+def noise(scale: Tensor, x: Tensor, weights: list[Tensor], pair: FoldPair, importance: Tensor) -> Tensor:
     """Return the expected squared error of a token's outputs under int8 inputs and weights, summed over outputs; see the module.
 
     Args:
@@ -161,15 +161,18 @@ def noise(scale: Tensor, x: Tensor, weights: list[Tensor], pair: FoldPair) -> Te
         x: [n, K] inputs.
         weights: [N, K] each: all that read them.
         pair: maps channels to inputs.
+        importance: [n] weights of the tokens.
     """
     columns = pair.expand(scale)
     energy = torch.stack([weight.float().square().sum(0) for weight in weights]).sum(0)
-    inputs = (x / columns).abs().amax(1).square().mean() * (energy * columns.square()).sum() / 127**2
+    inputs = (x / columns).abs().amax(1).square() @ importance * (energy * columns.square()).sum() / 127**2
     rows = torch.stack([(weight.float() * columns).abs().amax(1).square().sum() for weight in weights]).sum()
-    return (inputs + rows * (x.square().mean(0) / columns.square()).sum() / 127.5**2) / 12
+    return (inputs + rows * (importance @ x.square() / columns.square()).sum() / 127.5**2) / (12 * importance.sum())
 
 
-def learned_scale(x: Tensor, weights: list[Tensor], pair: FoldPair, start: Tensor, options: SmoothOptions) -> Tensor:
+def learned_scale(
+    x: Tensor, weights: list[Tensor], pair: FoldPair, start: Tensor, options: SmoothOptions, importance: Tensor
+) -> Tensor:
     """Descend on log(noise) over log(s) with Adam (arXiv:1412.6980), and return the scales [C] with the least noise on all of x.
 
     Args:
@@ -178,6 +181,7 @@ def learned_scale(x: Tensor, weights: list[Tensor], pair: FoldPair, start: Tenso
         pair: maps channels to inputs.
         start: [C] the first scales.
         options: see `SmoothOptions`.
+        importance: [n] weights of the tokens.
     """
     generator = torch.Generator().manual_seed(options.seed)
     weights = [weight.detach().float() for weight in weights]
@@ -186,14 +190,16 @@ def learned_scale(x: Tensor, weights: list[Tensor], pair: FoldPair, start: Tenso
         optimizer = torch.optim.Adam([log_scale], lr=LEARNING_RATE)
         for iteration in range(options.iterations):
             chosen = torch.randint(len(x), (min(options.rows, len(x)),), generator=generator).to(x.device)
-            value = noise(log_scale.exp(), x[chosen], weights, pair).log()
+            value = noise(log_scale.exp(), x[chosen], weights, pair, importance[chosen]).log()
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - iteration / options.iterations)
             optimizer.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     scale = log_scale.detach()
     scale = torch.exp(scale - scale.mean())
-    return scale if bool(noise(scale, x, weights, pair) <= noise(start.float(), x, weights, pair)) else start
+    return (
+        scale if bool(noise(scale, x, weights, pair, importance) <= noise(start.float(), x, weights, pair, importance)) else start
+    )
 
 
 def simulated_linear(form: LinearFormat, mapping: MappingType | None) -> Simulate:
@@ -232,7 +238,7 @@ def _log(values: Tensor) -> Tensor:
     return wide.clamp_min(max(float(wide.max()) * FLOOR, torch.finfo(torch.float32).smallest_normal)).log()
 
 
-def static_scale(x: Tensor, weights: list[Tensor]) -> Tensor:
+def static_scale(x: Tensor, weights: list[Tensor], importance: Tensor) -> Tensor:
     """Return one scale for all inputs of a linear, fp32 [1]: the one with the least error, clipping included.
 
     The error of an input counts as much as the weights that read it: sum over k of |W_:k|^2 (x_k - x_hat_k)^2. Scales from that
@@ -241,6 +247,7 @@ def static_scale(x: Tensor, weights: list[Tensor]) -> Tensor:
     Args:
         x: [n, K] inputs.
         weights: [N, K] each: all that read them.
+        importance: [n] weights of the tokens.
     """
     x = x.float()
     energy = torch.stack([weight.detach().float().square().sum(0) for weight in weights]).sum(0)
@@ -251,7 +258,7 @@ def static_scale(x: Tensor, weights: list[Tensor]) -> Tensor:
     def error(power: float) -> tuple[float, float]:
         scale = largest / 127 * 2**-power
         difference = torch.clamp((x / scale).round(), -127, 127).mul_(scale).sub_(x)
-        return (difference.square_() @ energy).sum(dtype=torch.float64).item(), power
+        return (difference.square_() @ energy * importance).sum(dtype=torch.float64).item(), power
 
     _, coarse = min(error(step / 4) for step in range(41))
     _, power = min(error(coarse + step / 32) for step in range(-8, 9) if coarse + step / 32 >= 0)

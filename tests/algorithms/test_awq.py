@@ -24,19 +24,21 @@ grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 
 
 def output_error(work: Any, part: str, plain: dict[str, Tensor], rounded: dict[str, Tensor]) -> float:
-    """Mean squared error of a part's output when some of its weights are others: by running the block, twice."""
+    """Squared error of a part's output when some weights are others, relative to the stream: by running the block, twice."""
     outputs: list[Tensor] = []
+    streams: list[Tensor] = []
     handle = work.module.get_submodule(part).register_forward_hook(lambda *call: outputs.append(call[2].detach()))
     for weights in (plain, rounded):
         for name, weight in weights.items():
             work.linears[name].weight.data = weight
-        for h in work.inputs:
-            work.run(h)
+        streams += [work.run(h).detach() for h in work.inputs]
     handle.remove()
     for name, weight in plain.items():
         work.linears[name].weight.data = weight
     half = len(outputs) // 2
-    return float((torch.cat(outputs[:half]) - torch.cat(outputs[half:])).square().mean())
+    importance = 1 / torch.cat(streams[:half]).square().mean(-1)
+    squares = (torch.cat(outputs[:half]) - torch.cat(outputs[half:])).square().mean(-1)
+    return float((squares * importance).sum() / importance.sum())
 
 
 @pytest.mark.parametrize("both", [True, False], ids=["both", "inputs"])

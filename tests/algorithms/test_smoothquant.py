@@ -54,15 +54,18 @@ def test_noise_is_what_rounding_does() -> None:
         with torch.no_grad():
             measured = (simulated_linear(FORM, None)(linear, scale)(x) - linear(x)).square().sum(1).mean()
         # a token's largest input has no error, which is 1 of 128; 64 rows with one largest weight each, likewise
-        assert 0.95 < measured / noise(scale, x, [linear.weight.detach()], pair) < 1.05
+        assert 0.95 < measured / noise(scale, x, [linear.weight.detach()], pair, torch.ones(4000)) < 1.05
 
 
 def test_noise_of_two_consumers_is_the_sum() -> None:
     x, first, second = heavy_tailed(50, 32), torch.randn(5, 32), torch.randn(9, 32)
-    scale = torch.rand(32) + 0.5
-    total = noise(scale, x, [first], PLAIN) + noise(scale, x, [second], PLAIN)
-    both = noise(scale, x, [first, second], PLAIN)
+    scale, one = torch.rand(32) + 0.5, torch.ones(50)
+    total = noise(scale, x, [first], PLAIN, one) + noise(scale, x, [second], PLAIN, one)
+    both = noise(scale, x, [first, second], PLAIN, one)
     torch.testing.assert_close(both, total)
+    twice = noise(scale, torch.cat([x, x[:10]]), [first], PLAIN, torch.ones(60))
+    weighted = torch.cat([torch.full((10,), 2.0), torch.ones(40)])
+    torch.testing.assert_close(noise(scale, x, [first], PLAIN, weighted), twice)
 
 
 def test_descent_finds_the_least_noise() -> None:
@@ -73,10 +76,10 @@ def test_descent_finds_the_least_noise() -> None:
     x = torch.logspace(-1, 1, 16).repeat(4, 1)
     weight = torch.ones(1, 16)
     pair = FoldPair("norm", ("linear",), 16)
-    found = learned_scale(x, [weight], pair, torch.ones(16), SmoothOptions(iterations=300))
-    grid = [noise(torch.logspace(-1, 1, 16) ** power, x, [weight], pair) for power in torch.linspace(-1, 1.5, 26)]
-    assert noise(found, x, [weight], pair) <= min(grid) * 1.01
-    again = learned_scale(x, [weight], pair, torch.ones(16), SmoothOptions(iterations=300))
+    found = learned_scale(x, [weight], pair, torch.ones(16), SmoothOptions(iterations=300), torch.ones(4))
+    grid = [noise(torch.logspace(-1, 1, 16) ** power, x, [weight], pair, torch.ones(4)) for power in torch.linspace(-1, 1.5, 26)]
+    assert noise(found, x, [weight], pair, torch.ones(4)) <= min(grid) * 1.01
+    again = learned_scale(x, [weight], pair, torch.ones(16), SmoothOptions(iterations=300), torch.ones(4))
     assert torch.equal(found, again)
 
 
@@ -123,13 +126,13 @@ def test_static_scale_is_the_best_of_all() -> None:
         codes = (x / scale).round().clamp(-127, 127)
         return float(((codes * scale - x).square() * energy).sum())
 
-    found = static_scale(x, [weight])
+    found = static_scale(x, [weight], torch.ones(200))
     assert found.shape == (1,)
     assert found.dtype == torch.float32
     full = float(x.abs().max()) / 127
     assert loss(float(found)) <= min(loss(full * 2 ** (-step / 4)) for step in range(40)) * 1.02
     assert loss(float(found)) <= loss(full)
-    assert static_scale(torch.zeros(3, 32), [weight]) > 0
+    assert static_scale(torch.zeros(3, 32), [weight], torch.ones(3)) > 0
 
 
 def test_refusals(tiny_llama: Callable[..., Any], block_work: Callable[..., Any]) -> None:

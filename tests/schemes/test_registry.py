@@ -24,6 +24,7 @@ NAMES = [
     "int4-gptq",
     "int8-dynamic",
     "int8-dynamic-int4",
+    "int8-smoothquant",
     "int8-weight-only",
 ]
 
