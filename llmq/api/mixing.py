@@ -1,7 +1,7 @@
 """Mixed precision: a scheme for each linear, so that the model loses least under a budget of bits or bytes.
 
-What each linear loses under each candidate is measured once (`measure_sensitivity`) and kept; a budget is then solved in well
-under a second (`solve_mixture`), exactly, and the answer is a list of overrides.
+What each linear loses under each candidate is measured once (`sensing`) and kept; a budget is then solved in well under a
+second, exactly, and the answer is a list of overrides.
 """
 
 from __future__ import annotations
@@ -9,40 +9,20 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from llmq.algorithms.allocate import Allocation, allocate
-from llmq.algorithms.statistics import Needs
-from llmq.api.calibrating import calibration_set
 from llmq.api.loading import Setup
-from llmq.api.recipes import Recipe, Settled, linear_fqns, settle
-from llmq.calibration.factors import FactorFiles
-from llmq.calibration.fisher import FisherSettings, fisher_factors
-from llmq.calibration.sensitivity import METHODS, Method, sensitivities
-from llmq.calibration.sensitivity import Question as SensitivityQuestion
+from llmq.api.recipes import Recipe, Settled
+from llmq.api.sensing import open_original, own_linears, settle_original, with_algorithm
 from llmq.calibration.sensitivity_file import SensitivityTable
-from llmq.checkpoint import Checkpoint, load_model, load_tokenizer_for, open_checkpoint
-from llmq.errors import UsageError, suggest
-from llmq.model.llama import Llama
-from llmq.numerics.grid import IntGrid
-from llmq.progress import SILENT, Progress
+from llmq.errors import UsageError
 from llmq.schemes.base import ResolvedScheme
 from llmq.schemes.cover import coverage
 from llmq.schemes.overrides import Override
-from llmq.schemes.registry import resolve, scheme_names
 
-HELD_OUT = 8
-"""Windows that divergences are measured on where no number is asked for."""
-GROUPS = (32, 64, 128)
-BITS = (3, 4)
-WIDE = "int8-weight-only"
-"""The candidate for linears that must not lose anything."""
-
-_FAMILY = re.compile(r"int[0-9](-.+)?")
 _SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -80,110 +60,6 @@ def parse_size(text: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class SensitivityRequest:
-    """What is to be measured.
-
-    Attributes:
-        candidates: 'SCHEME' or 'SCHEME:KEY=VALUE,KEY=VALUE'; none: those of `default_candidates`.
-        method: one of `METHODS`; None: 'fisher' where the scheme needs Fisher factors anyway, else 'measured'.
-        held_out: windows that divergences are measured on; they are recorded beside those of the calibration.
-    """
-
-    candidates: tuple[str, ...] = ()
-    method: str | None = None
-    held_out: int = HELD_OUT
-
-    def resolve(self, base: ResolvedScheme) -> tuple[ResolvedScheme, ...]:
-        """Settle the candidates; raises UsageError for one that cannot be."""
-        if not self.candidates:
-            return default_candidates(base)
-        found = tuple(Override.parse(f"*={text}").resolve() for text in self.candidates)
-        for text, candidate in zip(self.candidates, found, strict=True):
-            if not isinstance(candidate.format.weight, IntGrid):
-                raise UsageError(f"candidate {text} has no integer grid; leave linears unquantized with --skip.")
-            if found.count(candidate) > 1:
-                raise UsageError(f"candidate {text} is named twice; name it once.")
-        return found
-
-    def settle_method(self, *, needs_factors: bool) -> Method:
-        """Return the method; raises UsageError for one that there is not."""
-        if self.method is None:
-            return "fisher" if needs_factors else "measured"
-        for name in METHODS:
-            if name == self.method:
-                return name
-        raise UsageError(f"unknown method {self.method!r}.{suggest(self.method, list(METHODS))}")
-
-
-def default_candidates(base: ResolvedScheme) -> tuple[ResolvedScheme, ...]:
-    """Return the base scheme with 3 and 4 bits in groups of 32, 64 and 128, as far as there are such schemes, and int8.
-
-    Raises:
-        UsageError: the scheme is of no such family.
-    """
-    if not _FAMILY.fullmatch(base.name) or "group_size" not in type(base.options).model_fields:
-        raise UsageError(f"scheme {base.name} has no groups to choose from; name candidates with --candidate.")
-    suffix = base.name[4:]
-    found = []
-    for name in (f"int{bits}{suffix}" for bits in BITS):
-        if name in scheme_names():
-            known = type(resolve(name).options).model_fields
-            options = {key: value for key, value in base.options_json().items() if key in known}
-            found += [resolve(name, {**options, "group_size": size}) for size in GROUPS]
-    return (*found, resolve(WIDE))
-
-
-def measure_sensitivity(
-    path: str, recipe: Recipe, setup: Setup, request: SensitivityRequest, *, progress: Progress = SILENT
-) -> SensitivityTable:
-    """Predict what every linear that the recipe quantizes would cost the model under each candidate.
-
-    Raises:
-        InputError: the checkpoint, tokenizer or calibration text cannot be used.
-        UsageError: the scheme, a candidate or the method cannot be.
-    """
-    setup.apply()
-    checkpoint = _original(path)
-    candidates = request.resolve(recipe.resolve())
-    method = request.settle_method(needs_factors=any(Needs.FISHER in each.needs for each in (recipe.resolve(), *candidates)))
-    settled = _settle(checkpoint, recipe, setup)
-    own = _own(settled)
-    held_out = request.held_out if method == "measured" else 0
-    tokenizer = load_tokenizer_for(checkpoint)
-    calibration = calibration_set(tokenizer, checkpoint.config, recipe.calibration, seed=setup.seed, progress=progress)
-    kept = len(calibration.tokens) - held_out
-    if kept < 1:
-        raise UsageError(
-            f"{len(calibration.tokens)} calibration windows are too few to keep {held_out} of them back; ask for more windows."
-        )
-    tokens = calibration.tokens[:kept]
-    model = load_model(checkpoint, dtype=torch.float32, progress=progress)
-    with TemporaryDirectory() as folder:
-        factors = FactorFiles(Path(folder))
-        question = SensitivityQuestion(candidates, method, factors, frozenset(linear_fqns(model)) - own)
-        if question.needs_factors:
-            rounds = max([candidate.fisher_rounds for candidate in candidates if Needs.FISHER in candidate.needs], default=1)
-            fisher = FisherSettings(rounds=rounds, seed=setup.seed)
-            fisher_factors(model, tokens, own, factors.write, settings=fisher, progress=progress)
-        found = sensitivities(model, tokens, calibration.tokens[kept:], question, progress=progress)
-    return SensitivityTable(
-        model=checkpoint_name(checkpoint),
-        model_sha256=checkpoint.sha256,
-        method=method,
-        calibration=calibration.info.to_json(),
-        held_out=held_out,
-        threads=torch.get_num_threads(),
-        candidates=candidates,
-        linears=tuple(found),
-    )
-
-
-def read_sensitivity(path: str, file: Path) -> SensitivityTable:
-    """Read a file of sensitivities of the checkpoint at `path`; raises InputError when it is of another one."""
-    return SensitivityTable.load(file, model_sha256=_original(path).sha256)
-
-
-@dataclass(frozen=True, slots=True)
 class MixedRow:
     """What one linear gets.
 
@@ -215,6 +91,7 @@ class Mixture:
         predicted_kl: sum of the rows' predictions, in nats per token.
         table: the sensitivities it was solved from.
         proven: whether no other choice under the budget is predicted to lose less.
+        other_algorithm: the sensitivities were measured with another algorithm on the same grids.
     """
 
     target: Target
@@ -225,10 +102,13 @@ class Mixture:
     predicted_kl: float
     table: SensitivityTable
     proven: bool
+    other_algorithm: bool = False
 
     def sentence(self) -> str:
         """Say what was found."""
         how = "measured on held-out windows" if self.table.method == "measured" else "predicted from Fisher factors"
+        if self.other_algorithm:
+            how += f" with {self.table.candidates[0].name}'s algorithm"
         return (
             f"mixed precision under {self.target}: {self.bits_per_weight:.3f} bits per weight, {self.size_bytes:,} bytes, "
             f"KL of about {self.predicted_kl:.2g} nats per token ({how}, linear by linear)"
@@ -247,6 +127,7 @@ class Mixture:
             "sensitivity_sha256": self.table.sha256,
             "sensitivity_calibration": self.table.calibration["source_sha256"],
             "held_out": self.table.held_out,
+            "other_algorithm": self.other_algorithm,
         }
 
 
@@ -259,17 +140,18 @@ def solve_mixture(path: str, recipe: Recipe, setup: Setup, table: SensitivityTab
         UsageError: the budget is below what the smallest candidates take, or the table lacks a linear.
         InputError: the table is of another model.
     """
-    checkpoint = _original(path)
+    checkpoint = open_original(path)
     if table.model_sha256 != checkpoint.sha256:
         raise UsageError(f"the sensitivities are of {table.model}, another model than {path}; measure this one.")
-    settled = _settle(checkpoint, recipe, setup)
-    own = _own(settled)
+    settled = settle_original(checkpoint, recipe, setup)
+    own = own_linears(settled)
     known = {each.fqn: each for each in table.linears}
     missing = sorted(own - known.keys())
     if missing:
         raise UsageError(f"the sensitivities lack {', '.join(missing[:4])}, which the recipe quantizes; measure them again.")
     linears = [each for each in table.linears if each.fqn in own]
-    options = [_options(table.candidates, each.shape, each.kl) for each in linears]
+    candidates = with_algorithm(table.candidates, settled.resolved)
+    options = [_options(candidates, each.shape, each.kl) for each in linears]
     unfit = next((each.fqn for each, found in zip(linears, options, strict=True) if not found), None)
     if unfit is not None:
         raise UsageError(f"no candidate fits {unfit}; name one that does with --candidate, or leave it out with --skip.")
@@ -297,6 +179,7 @@ def solve_mixture(path: str, recipe: Recipe, setup: Setup, table: SensitivityTab
         predicted_kl=answer.loss,
         table=table,
         proven=answer.proven,
+        other_algorithm=candidates != table.candidates,
     )
 
 
@@ -345,33 +228,3 @@ def _elsewhere(settled: Settled, own: set[str], dtype: torch.dtype) -> tuple[int
 
 _HEADER_ENTRY = 96
 """Bytes that a tensor's name, dtype, shape and offsets take in a safetensors header, besides the name of its linear."""
-
-
-def _own(settled: Settled) -> set[str]:
-    """Return the linears that the recipe's own scheme quantizes: those that are chosen for."""
-    return {
-        decision.fqn
-        for decision in settled.decisions
-        if decision.scheme is not None
-        and decision.format is not None
-        and isinstance(decision.format.weight, IntGrid)
-        and decision.fqn not in settled.overrides
-    }
-
-
-def _settle(checkpoint: Checkpoint, recipe: Recipe, setup: Setup) -> Settled:
-    with torch.device("meta"):
-        model = Llama(checkpoint.config).to(checkpoint.dtype)
-    return settle(recipe, model, setup.torch_dtype)
-
-
-def _original(path: str) -> Checkpoint:
-    checkpoint = open_checkpoint(path)
-    if checkpoint.manifest is not None:
-        raise UsageError(f"{path} is quantized already (scheme {checkpoint.manifest.scheme}); name the original checkpoint.")
-    return checkpoint
-
-
-def checkpoint_name(checkpoint: Checkpoint) -> str:
-    """Return the name of a checkpoint's folder or file."""
-    return checkpoint.path.resolve().name

@@ -98,7 +98,7 @@ def sensitivity(
     force: o.Force = False,
 ) -> None:
     """Measure what each linear costs the model under each candidate, for `llmq quantize --target-bpw --sensitivity FILE`."""
-    from llmq.api.mixing import SensitivityRequest, measure_sensitivity
+    from llmq.api.sensing import SensitivityRequest, measure_sensitivity
     from llmq.cli import render
     from llmq.files import check_absent
 
@@ -138,7 +138,8 @@ def mix(
         what: the budget, the file, and the candidates to measure.
         progress: hears of the measurement.
     """
-    from llmq.api.mixing import SensitivityRequest, measure_sensitivity, read_sensitivity, solve_mixture
+    from llmq.api.mixing import solve_mixture
+    from llmq.api.sensing import SensitivityRequest, measure_sensitivity, read_sensitivity
 
     target, file, candidates = what
     if file is not None and file.exists():

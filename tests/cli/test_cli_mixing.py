@@ -11,14 +11,9 @@ import torch
 from cli_runs import run_llmq
 
 import llmq
-from llmq.api.mixing import (
-    SensitivityRequest,
-    Target,
-    default_candidates,
-    measure_sensitivity,
-    parse_size,
-    solve_mixture,
-)
+from llmq.api.calibrating import CalibrationSource
+from llmq.api.mixing import Target, parse_size, solve_mixture
+from llmq.api.sensing import SensitivityRequest, default_candidates, measure_sensitivity, with_algorithm
 from llmq.calibration.sensitivity import LinearSensitivity
 from llmq.calibration.sensitivity_file import SensitivityTable
 from llmq.checkpoint import open_checkpoint
@@ -185,7 +180,7 @@ def test_sensitivities_are_measured_and_used_again(stories260k: Path, calibratio
 def test_fisher_factors_and_runs_agree_on_what_matters(wt2_8m: Path, calibration_text: Path) -> None:
     """The two methods share nothing but the model and the quantized weights."""
     keep = ("model.layers.[1-6].*",)
-    source = llmq.api.calibrating.CalibrationSource(str(calibration_text), windows=20, length=128)
+    source = CalibrationSource(str(calibration_text), windows=20, length=128)
     recipe = llmq.Recipe("int4", skip=keep, calibration=source)
     found = {}
     for method in ("measured", "fisher"):
@@ -213,6 +208,22 @@ def test_sizes(text: str, size: int) -> None:
 def test_texts_that_are_no_size(text: str) -> None:
     with pytest.raises(UsageError, match="such as 4GB"):
         parse_size(text)
+
+
+def test_choices_that_were_measured_with_one_algorithm_are_made_with_another(wt2_8m: Path, table: SensitivityTable) -> None:
+    base = resolve("int4-gptq", {"damping": 0.02, "group_size": 64})
+    found = with_algorithm(CANDIDATES, base)
+    assert [each.name for each in found] == ["int4-gptq"] * 3 + ["int8-weight-only"]
+    assert [each.options_json()["group_size"] for each in found[:3]] == [32, 64, 128]
+    assert all(each.options_json()["damping"] == 0.02 for each in found[:3])
+    assert [each.format for each in found] == [each.format for each in CANDIDATES]
+    assert with_algorithm(CANDIDATES, resolve("int4", {"group_size": 64})) == CANDIDATES  # the algorithm is the same
+    assert with_algorithm(CANDIDATES, resolve("int8-dynamic")) == CANDIDATES  # which has none
+    recipe = llmq.Recipe("int4-gptq", {"damping": "0.02"})
+    mixed = solve_mixture(str(wt2_8m), recipe, llmq.Setup(), table, Target(bits_per_weight=4.6))
+    assert {each.scheme for each in mixed.overrides} <= {"int4-gptq", "int8-weight-only"}
+    assert mixed.other_algorithm
+    assert "with int4's algorithm" in mixed.sentence()
 
 
 def test_candidates() -> None:
