@@ -7,7 +7,7 @@ llmq does not have are skipped, and the record says so.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ class Row:
         settings: the maker's own.
         windows: calibration windows; 0 for what needs none.
         about: what a reader of the table should know.
+        base: row of another section that leads this one's table, for comparison.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict)
     windows: int = 128
     about: str = ""
+    base: str = ""
 
     @property
     def is_llmq(self) -> bool:
@@ -99,7 +101,10 @@ def _llama_cpp(section: str, kind: str) -> Row:
 
 G128, G32, CHANNEL = "int4, groups of 128", "int4, groups of 32, and others of 4.5 to 5 bits", "int4, one scale a row"
 INT3, INT2, INT8, MIXED = "About 3 bits", "About 2 bits", "8 bits, activations too", "Mixed precision"
-GPTQ_PARTS, BEST_PARTS = "What each part of int4-gptq gives, groups of 128", "What each part of int4-best gives, groups of 128"
+GPTQ_PARTS, YAQA_PARTS, BEST_PARTS, OTHER_PARTS = (
+    f"What each part of {name} gives, groups of 128"
+    for name in ("int4-gptq", "int4-yaqa", "int4-best", "int4-awq and int4-autoround")
+)
 
 
 def _of_group(section: str, group: int) -> Iterator[Row]:
@@ -112,10 +117,9 @@ def _of_group(section: str, group: int) -> Iterator[Row]:
         yield _ours(section, f"int4-gptq {grid} g={group}", "int4-gptq", 128, group_size=group, **options)
     yield _ours(section, f"int4-awq g={group}", "int4-awq", 128, group_size=group)
     yield _ours(section, f"int4-autoround g={group}", "int4-autoround", 128, group_size=group)
-    for windows in (128, 512):
-        yield _ours(section, f"int4-yaqa g={group} {windows}w", "int4-yaqa", windows, group_size=group)
-    for windows in (128, 512):
-        yield _ours(section, f"int4-best g={group} {windows}w", "int4-best", windows, group_size=group)
+    for scheme in ("int4-yaqa", "int4-best"):
+        for windows in (128, 512):
+            yield _ours(section, f"{scheme} g={group} {windows}w", scheme, windows, group_size=group)
     yield _ours(section, f"int4-best sym g={group} 512w", "int4-best", 512, group_size=group, symmetric=True)
 
 
@@ -163,24 +167,34 @@ def _rows() -> Iterator[Row]:
 
 
 def _ablations() -> Iterator[Row]:
-    """Yield rows that differ from a scheme's defaults in one option each."""
-    for section, scheme, windows, changes in (
-        (GPTQ_PARTS, "int4-gptq", 128, GPTQ_CHANGES),
-        (BEST_PARTS, "int4-best", 512, BEST_CHANGES),
-    ):
-        for option, value in changes:
-            yield _ours(section, f"{scheme}: {option}={value}", scheme, windows, group_size=128, **{option: value})
+    """Yield rows that differ from a scheme's defaults in the options that their names say."""
+    for section, base, scheme, changes in ABLATIONS:
+        for change in changes:
+            what = " ".join(f"{option}={value}" for option, value in change.items())
+            yield replace(_ours(section, f"{scheme}: {what}", scheme, 128, group_size=128, **change), base=base)
 
 
-GPTQ_CHANGES: tuple[tuple[str, Any], ...] = (
-    ("search", "range"),
-    ("search", "error"),
-    ("correction", 0),
-    ("refit", "false"),
-    ("sweeps", 0),
-    ("act_order", "false"),
+_PARTS: tuple[Mapping[str, Any], ...] = (
+    {"search": "range"},
+    {"search": "error"},
+    {"correction": 0},
+    {"refit": "false"},
+    {"sweeps": 0},
+    {"act_order": "false"},
 )
-BEST_CHANGES: tuple[tuple[str, Any], ...] = ()
+ABLATIONS: tuple[tuple[str, str, str, tuple[Mapping[str, Any], ...]], ...] = (
+    (
+        GPTQ_PARTS,
+        "int4-gptq asym g=128",
+        "int4-gptq",
+        (*_PARTS, {"search": "range", "correction": 0, "refit": "false", "sweeps": 0}),
+    ),
+    (YAQA_PARTS, "int4-yaqa g=128 128w", "int4-yaqa", (*_PARTS, {"metric": "outputs"}, {"metric": "inputs"})),
+    (BEST_PARTS, "int4-best g=128 128w", "int4-best", ({"distill_epochs": 0}, {"metric": "inputs"}, {"sweeps": 0})),
+    (OTHER_PARTS, "int4-awq g=128", "int4-awq", ({"rounding_by": "gptq"}, {"scales": "inputs"}, {"scales": "none"})),
+    (OTHER_PARTS, "int4-awq g=128", "int4-autoround", ({"start": "nearest"}, {"relative": "false"})),
+)
+"""Section, the row that leads its table, scheme, and the changes, each a row calibrated on 128 windows."""
 
 ROWS: Mapping[str, Row] = {row.name: row for row in _rows()}
 

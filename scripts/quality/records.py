@@ -57,6 +57,7 @@ def _subject(row: Row, corpus: Corpus, made: Made | None) -> Subject:
         "settings": dict(row.settings),
         "calibration": calibration_of(row, corpus),
         "about": row.about,
+        "base": row.base,
     }
     if made is not None:
         options |= {"versions": made.versions, "resolved": made.settings}

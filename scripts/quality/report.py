@@ -35,6 +35,8 @@ def section_text(path: Path) -> str:
     parts = [_header(done), f"![KL against bits per weight]({plot_name(path.stem)})"]
     for section in dict.fromkeys(str(record.subject.options["section"]) for record in records):
         own = [record for record in records if record.subject.options["section"] == section]
+        base = own[0].subject.options["base"]
+        own = [*(record for record in records if record.subject.scheme == base), *own]
         parts.append(f"### {section}\n\n{to_markdown(_table(section, own))}")
     return "\n\n".join(parts)
 

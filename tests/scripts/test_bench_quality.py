@@ -285,8 +285,16 @@ def test_tables_are_made_of_records_of_one_protocol(script, tmp_path: Path, run)
     from llmq.results.environment import capture
     from llmq.results.record import Metric, Protocol, ResultRecord, Subject
 
-    def record(name: str, kl: float | None, length: int = 256) -> ResultRecord:
-        options = {"section": "int4", "tool": "llmq", "calibration": None, "about": "", "versions": {"llmq": "1"}, "settings": {}}
+    def record(name: str, kl: float | None, length: int = 256, base: str = "") -> ResultRecord:
+        options = {
+            "section": "int4",
+            "tool": "llmq",
+            "calibration": None,
+            "about": "",
+            "base": base,
+            "versions": {"llmq": "1"},
+            "settings": {},
+        }
         params = {"text": "T", "text_sha256": "0" * 64, "length": length, "bos": "b", "n_windows": 2, "n_scored_tokens": 510}
         figures = {"kl_mean": Metric(value=kl, unit="nats/token", stderr=kl / 100)} if kl is not None else {}
         figures |= {"reference_perplexity": Metric(value=59.0, unit="1")} if kl is not None else {}
@@ -354,6 +362,6 @@ def test_llama_cpp_hands_over_its_weights(run, wt2_8m: Path, tmp_path: Path, mon
     code, output, records = run("llama.cpp Q4_0,llama.cpp Q4_K_S")
     assert code == 0, output
     plain, mixed = records["llama.cpp Q4_0"], records["llama.cpp Q4_K_S"]
-    assert plain.subject.bits_per_weight == pytest.approx(4.5)
-    assert 4.5 < mixed.subject.bits_per_weight < 4.7
+    assert 4.5 <= plain.subject.bits_per_weight < 4.6, "some matrices get Q4_1"
+    assert 4.5 < mixed.subject.bits_per_weight < 4.7, "some matrices get Q5_K"
     assert 0.002 < mixed.metrics["kl_mean"].value < plain.metrics["kl_mean"].value < 0.03
