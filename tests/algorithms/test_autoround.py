@@ -138,7 +138,7 @@ def test_learning_lowers_the_loss_and_repeats_itself(
     work, grid = block_work(tiny_llama(torch.float32)), GRIDS[name]
     start = quantized(work, replace(grid, bits=3) if grid.group_size else grid)
     before = {name: parameter.clone() for name, parameter in work.module.named_parameters()}
-    options = TuneOptions(steps=16, batch=4, optimizer=optimizer, rounding_rate=0.03, check_every=8)
+    options = TuneOptions(16, 4, rounding_rate=0.03, range_rate=0.001, optimizer=optimizer, check_every=8)
     weights, report = tune(Tuning(work, start, work.targets), options)
     assert report.loss < (0.9 if grid.group_size else 1.0) * report.first_loss
     assert report.step > 0
