@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isqrt
@@ -74,15 +75,20 @@ class FactorFiles:
 
     def write(self, fqn: str, inputs: Tensor, outputs: Tensor) -> None:
         """See `Factors.write`; OutputError where the disk is full."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
+        file = self._file(fqn)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"inputs": inputs.contiguous(), "outputs": outputs.contiguous()}, self._file(fqn))
-        except OSError as error:
+            save_file({"inputs": inputs.contiguous(), "outputs": outputs.contiguous()}, file)
+            with file.open("rb") as written:
+                os.fsync(written.fileno())  # `complete` must not outlast a loss of power that they do not
+        except (OSError, SafetensorError) as error:  # the writer has an error of its own for a full disk
+            file.unlink(missing_ok=True)
             raise OutputError(
-                f"cannot write the Fisher factors of {fqn} to {self.folder}: {error.strerror or error}; free some space and run "
-                "the same again."
+                f"cannot write the Fisher factors of {fqn} to {self.folder}: {str(error).splitlines()[0]}; free some space and "
+                "run the same again."
             ) from error
 
     def read(self, fqn: str) -> tuple[Tensor, Tensor]:
