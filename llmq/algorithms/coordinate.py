@@ -15,12 +15,15 @@ the block by a product for each panel.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from llmq.algorithms.columns import ColumnGrid
 from llmq.algorithms.metric import Metric
 from llmq.algorithms.refit import Scales
-from llmq.algorithms.rtn import numbers_of, round_to_grid
+from llmq.algorithms.rtn import numbers_of
 from llmq.numerics.grid import IntGrid
 
 BLOCK = 128
@@ -54,7 +57,7 @@ def sweep(
     for start in range(0, k, BLOCK):
         state.block(start, min(start + BLOCK, k))
     found = torch.empty_like(codes)
-    found[:, order] = state.codes.t()
+    found[:, order] = state.codes.t().to(codes.dtype)
     return found, state.changed
 
 
@@ -64,12 +67,10 @@ class _State:
     def __init__(self, target: Tensor, codes: Tensor, scales: Scales, grid: IntGrid, metric: Metric, order: Tensor) -> None:
         dtype = target.dtype
         scale, zero_point = scales
-        self.grid = grid
         self.group = (order // (target.shape[1] // scale.shape[1])).tolist()
-        self.scale = scale.t().to(dtype).contiguous()  # [groups, N]
-        self.zero_point = None if zero_point is None else zero_point.t().to(dtype).contiguous()
+        self.grids = ColumnGrid(grid, scale, zero_point, dtype)
         numbers = numbers_of(codes, grid, scale, zero_point, dtype)
-        self.codes = codes.t()[order].contiguous()
+        self.codes = codes.t()[order].to(dtype)
         self.numbers = numbers.t()[order].contiguous()
         self.inputs = metric.inputs.to(dtype)[order][:, order]
         self.outputs = None if metric.outputs is None else metric.outputs.to(dtype).contiguous()
@@ -95,17 +96,9 @@ class _State:
                 moves[column - start] = self._move_coupled(column, p, curvature[column], self.outputs)
         self.error[start:stop] -= moves
 
-    def _nearest(self, column: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Return codes and numbers [N] nearest to `wanted` [N]."""
-        group = self.group[column]
-        scale = self.scale[group][None]
-        zero_point = None if self.zero_point is None else self.zero_point[group][None]
-        codes = round_to_grid(wanted[None], self.grid, scale, zero_point)
-        return codes[0], numbers_of(codes, self.grid, scale, zero_point, wanted.dtype)[0]
-
     def _move(self, column: int, p: Tensor, curvature: float) -> Tensor:
         """Change a column whose entries are independent; returns how its numbers changed."""
-        codes, numbers = self._nearest(column, self.numbers[column] + p / curvature)
+        codes, numbers = self.grids.nearest(self.group[column], self.numbers[column] + p / curvature)
         change = numbers - self.numbers[column]
         self.changed += int((codes != self.codes[column]).sum())
         self.codes[column], self.numbers[column] = codes, numbers
@@ -115,42 +108,59 @@ class _State:
         """Change a column whose entries are coupled by H_O; returns H_O times the change of its numbers."""
         own = outputs.diagonal() * curvature
         total = torch.zeros_like(p)
+        diagonal = outputs.diagonal()
         for _ in range(ROUNDS):
-            codes, numbers = self._nearest(column, self.numbers[column] + p / own)
+            codes, numbers = self.grids.nearest(self.group[column], self.numbers[column] + p / own)
             change = numbers - self.numbers[column]
-            gain = 2 * p * change - own * change.square()
-            chosen = ((codes != self.codes[column]) & (gain > 0)).nonzero()[:, 0]
-            moved = self._take(chosen, change, p, gain, curvature, outputs)
+            chosen = (codes != self.codes[column]).nonzero()[:, 0]
+            if not len(chosen):
+                break
+            moved = _take(_Column(p, change, outputs, diagonal, curvature), chosen)
             if moved is None:
                 break
             chosen, effect = moved
             self.changed += len(chosen)
-            self.codes[column][chosen] = codes[chosen]
-            self.numbers[column][chosen] = numbers[chosen]
+            self.codes[column, chosen] = codes[chosen]
+            self.numbers[column, chosen] = numbers[chosen]
             total += effect
             p -= curvature * effect
         return total
 
-    @staticmethod
-    def _take(
-        chosen: Tensor, change: Tensor, p: Tensor, gain: Tensor, curvature: float, outputs: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """Find entries of `chosen` whose changes together lower the loss; returns them and H_O times their changes."""
-        effect = change[chosen] @ outputs[chosen]
-        # what an entry gains if all the others move as well
-        joint = gain[chosen] - 2 * curvature * change[chosen] * (effect[chosen] - outputs.diagonal()[chosen] * change[chosen])
-        willing = joint > 0
-        if not bool(willing.any()):
-            willing = gain[chosen] >= gain[chosen].amax() if len(chosen) else willing
-        if not bool(willing.all()):
-            chosen = chosen[willing]
-            effect = change[chosen] @ outputs[chosen]
-        while len(chosen):
-            step = change[chosen]
-            if bool(2 * (p[chosen] * step).sum() - curvature * (effect[chosen] * step).sum() > 0):
-                return chosen, effect
-            if len(chosen) == 1:
-                return None
-            chosen = chosen[torch.argsort(gain[chosen], descending=True, stable=True)[: len(chosen) // 2]]
-            effect = change[chosen] @ outputs[chosen]
-        return None
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """What a coupled column wants: half its negative gradient p [N], the changes of its numbers [N], and its curvature."""
+
+    p: Tensor
+    change: Tensor
+    outputs: Tensor
+    diagonal: Tensor
+    curvature: float
+
+    def gains(self, chosen: Tensor, between: Tensor) -> Tensor:
+        """Return what each chosen entry adds to the fall of the loss; between: its share of the curvature with others."""
+        step = self.change[chosen]
+        return step * (2 * self.p[chosen] - self.curvature * between)
+
+
+def _take(column: _Column, chosen: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Find entries of `chosen` whose changes together lower the loss; returns them and H_O times their changes."""
+    step = column.change[chosen]
+    effect = step @ column.outputs[chosen]
+    # what an entry gains if all the others move as well: twice the curvature with them, once its own
+    joint = column.gains(chosen, 2 * effect[chosen] - column.diagonal[chosen] * step)
+    willing = joint > 0
+    count = int(willing.sum())
+    if count < len(chosen):
+        alone = column.gains(chosen, column.diagonal[chosen] * step)
+        chosen = chosen[willing] if count else chosen[alone.argmax()][None]
+        effect = column.change[chosen] @ column.outputs[chosen]
+    while len(chosen):
+        if column.gains(chosen, effect[chosen]).sum().item() > 0:
+            return chosen, effect
+        if len(chosen) == 1:
+            return None
+        alone = column.gains(chosen, column.diagonal[chosen] * column.change[chosen])
+        chosen = chosen[torch.argsort(alone, descending=True, stable=True)[: len(chosen) // 2]]
+        effect = column.change[chosen] @ column.outputs[chosen]
+    return None

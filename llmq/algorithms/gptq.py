@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmq.algorithms.columns import ColumnGrid
 from llmq.algorithms.rtn import choose_scales, numbers_of, round_to_grid, work_dtype
 from llmq.errors import ShapeError, UsageError
 from llmq.numerics.affine import MappingType
@@ -217,7 +218,6 @@ class _Columns:
     def __init__(
         self, weight: Tensor, rtn_codes: Tensor, grid: IntGrid, scale: Tensor, zero_point: Tensor | None, order: Tensor
     ) -> None:
-        self.grid = grid
         self.order = order
         dtype = weight.dtype
         rtn_numbers = numbers_of(rtn_codes, grid, scale, zero_point, dtype)
@@ -225,18 +225,14 @@ class _Columns:
         self.rtn_error = self.weight - rtn_numbers.index_select(1, order).t()  # [K, N]
         group = order // (weight.shape[1] // scale.shape[1])
         self.group = group.tolist()
-        self.scale = scale.t().to(dtype).contiguous()  # [groups, N]
-        self.zero_point = None if zero_point is None else zero_point.t().to(dtype).contiguous()
+        self.grids = ColumnGrid(grid, scale, zero_point, dtype)
         self.codes = torch.empty(self.weight.shape, dtype=rtn_codes.dtype, device=weight.device)
 
     def round(self, k: int, target: Tensor) -> Tensor:
         """Round the k-th column at `target` [N], keep its codes, and return the numbers they mean [N]."""
-        group = self.group[k]
-        scale = self.scale[group][None]
-        zero_point = None if self.zero_point is None else self.zero_point[group][None]
-        codes = round_to_grid(target[None], self.grid, scale, zero_point)
-        self.codes[k] = codes[0]
-        return numbers_of(codes, self.grid, scale, zero_point, target.dtype)[0]
+        codes, numbers = self.grids.nearest(self.group[k], target)
+        self.codes[k] = codes
+        return numbers
 
     def codes_in_place(self) -> Tensor:
         """Return the codes [N, K] with every column back where it came from."""
