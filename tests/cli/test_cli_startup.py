@@ -19,6 +19,7 @@ COMMANDS = [
     ["quantize"],
     ["plan"],
     ["calibrate"],
+    ["sensitivity"],
     ["generate"],
     ["inspect"],
     ["env"],
