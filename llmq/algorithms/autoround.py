@@ -11,7 +11,7 @@ are nearest to their weights, so learning starts at round to nearest; where anot
 nearest, d puts the start on that code.
 
 What is optimised is what is stored: scales and zero points are rounded to their dtype in every forward pass. Of all states that
-were measured on the same windows, the starting one included, the best is kept.
+were measured on the same held-out windows, the starting one included, the best is kept.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TuneOptions:
         range_rate: first step of a and b; None: as `rounding_rate`.
         optimizer: 'sign' (SignSGD) or 'adam'.
         check_every: updates between two measurements.
-        check_windows: windows that a state is measured on, the same ones every time.
+        check_windows: most windows that states are measured on; an eighth of all is held out for that, where there are eight.
         seed: of the order of windows.
         relative: weigh a token's error by 1 / mean square of its target, as the norm that comes next will; else alike.
     """
@@ -209,9 +209,9 @@ def tune(tuning: Tuning, options: TuneOptions) -> tuple[dict[str, QuantizedWeigh
     if not tuned:
         return {}, TuneReport(0.0, 0.0, 0, 0.0)
     updater = _Updater(list(tuned.values()), options)
-    checked = windows.spread(options.check_windows)
+    checked = windows.held_out(options.check_windows)
     first = keep.offer(_measure(tuning, tuned, windows, checked, options), 0)
-    order = windows.order(options.batch, options.seed)
+    order = windows.order(options.batch, options.seed, checked)
     for step in range(1, options.steps + 1):
         with torch.enable_grad():
             for parameter in updater.parameters:
@@ -285,19 +285,23 @@ class _Windows:
         target = torch.stack([self.targets[batch][row] for batch, row in places]).float()
         return h, target, importance_of(target) / self._mean if relative else target.new_ones(target.shape[:2])
 
-    def spread(self, count: int) -> list[int]:
-        """Return at most `count` windows, evenly spread."""
-        count = min(count, len(self.places))
+    def held_out(self, count: int) -> list[int]:
+        """Return every eighth window, at most `count`, evenly spread; all of them where there are fewer than eight."""
+        if len(self.places) < 8:
+            return list(range(len(self.places)))
+        count = min(count, len(self.places) // 8)
         return [index * len(self.places) // count for index in range(count)]
 
-    def order(self, batch: int, seed: int) -> Iterator[list[int]]:
-        """Yield batches without end: every window once before any comes twice, each time in a new order."""
+    def order(self, batch: int, seed: int, held_out: Sequence[int]) -> Iterator[list[int]]:
+        """Yield batches without end: every other window once before any comes twice, each time in a new order."""
         generator = torch.Generator().manual_seed(seed)
+        apart = set(held_out)
+        rest = [index for index in range(len(self.places)) if index not in apart] or list(held_out)
         queue: list[int] = []
-        batch = min(batch, len(self.places))
+        batch = min(batch, len(rest))
         while True:
             while len(queue) < batch:
-                queue += torch.randperm(len(self.places), generator=generator).tolist()
+                queue += [rest[index] for index in torch.randperm(len(rest), generator=generator).tolist()]
             yield queue[:batch]
             queue = queue[batch:]
 
