@@ -20,6 +20,8 @@ from llmq.ranks import Ranks
 from llmq.schemes.apply import quantized_parameter
 from llmq.schemes.cover import Decision
 
+HELD_BYTES = 1 << 29
+"""Models up to this size in fp32 keep all blocks' graphs between going forwards and backwards."""
 STAGE = "distilled"
 """What is added to a part's name when it is stored for the second time."""
 
@@ -31,7 +33,9 @@ def distill_settings(
     for decision in decisions:
         how = decision.scheme.distillation if decision.scheme is not None else None
         if how is not None:
-            return DistillSettings(**how, seed=seed, spill=spill, ranks=ranks or Ranks())
+            graphs = sum(decision.parameter.numel() for decision in decisions) * torch.float32.itemsize
+            hold = graphs < HELD_BYTES  # the same bits, in less time
+            return DistillSettings(**how, seed=seed, spill=spill, hold=hold, ranks=ranks or Ranks())
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,12 +21,16 @@ from llmq.schemes.group_options import CalibratedOptions
 class IntGptq(Scheme[CalibratedOptions]):
     """Integers of `bits` bits by group; each column's rounding errors are made up for by the columns after it, then polished."""
 
-    Options = CalibratedOptions
+    Options: type[CalibratedOptions] = CalibratedOptions
+    kind: ClassVar[str] = "gptq"
+    """What comes after the width in the name."""
+    words: ClassVar[str] = "GPTQ with calibration text"
+    """What the summary says of the algorithm."""
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
-        self.name = f"int{bits}-gptq"  # type: ignore[misc]  # one class, a scheme for each width
-        self.summary = f"int{bits} weights by group, GPTQ with calibration text (W{bits}A16)"  # type: ignore[misc]
+        self.name = f"int{bits}-{self.kind}"  # type: ignore[misc]  # one class, a scheme for each width
+        self.summary = f"int{bits} weights by group, {self.words} (W{bits}A16)"  # type: ignore[misc]
 
     def needs(self, options: CalibratedOptions) -> Needs:
         """See `Scheme.needs`."""
