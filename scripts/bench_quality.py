@@ -56,7 +56,7 @@ def evaluate(folder: Path, made: Made, evaluator: Evaluator) -> CandidateResult:
     """Evaluate what a maker left: its float weights, or llmq's artefact where activations are quantized too."""
     with render.reporting(quiet=True) as progress:
         if made.settings.get("activations"):
-            loaded = open_model(str(folder / ARTEFACT), None, Setup(dtype="fp32", runtime="torch"))
+            loaded = open_model(str(folder / ARTEFACT), None, Setup(dtype="fp32"))
             return evaluator.model(loaded.runner, progress)
         return evaluator.weights(folder, progress)
 

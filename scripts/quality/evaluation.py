@@ -18,8 +18,12 @@ from llmq.evaluation.protocols import PerplexityProtocol, Pieces, Window, prefix
 from llmq.evaluation.reference import ReferenceLogits
 from llmq.evaluation.scoring import LanguageModel
 from llmq.model.llama import Llama
+from llmq.model.runtime import choose_runtime
 from llmq.model.tokenizer import Tokenizer
+from llmq.ops.select import prepare
 from llmq.progress import Progress
+from llmq.schemes.apply import quantize_
+from llmq.schemes.registry import resolve
 from quality.exchange import WEIGHTS, is_handed_over
 
 
@@ -49,7 +53,7 @@ class Evaluator:
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, text: TextSource, limit: int | None) -> None:
         self.checkpoint, self.tokenizer, self.text = checkpoint, tokenizer, text
         self.protocol = BosWindows(length=min(256, checkpoint.config.max_position_embeddings), limit=limit)
-        self.reference = ReferenceLogits(self._original(), tokenizer, text, self.protocol)
+        self.reference = ReferenceLogits(runner_of(self._original()), tokenizer, text, self.protocol)
 
     def __enter__(self) -> Evaluator:
         return self
@@ -69,11 +73,18 @@ class Evaluator:
         model = self._original()
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             put_weights(model, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a mapping
-        return self.model(model, progress)
+        return self.model(runner_of(model), progress)
 
     def model(self, model: LanguageModel, progress: Progress) -> CandidateResult:
         """Evaluate a model that runs as it is: one that quantizes its activations."""
         return evaluate_candidate(model, self.tokenizer, self.text, self.protocol, reference=self.reference, progress=progress)
+
+
+def runner_of(model: Llama) -> LanguageModel:
+    """Return what runs a float32 model fastest: the native runtime where there is one, else torch."""
+    quantize_(model, resolve("fp32"), dtype=torch.float32)
+    prepare(model)
+    return choose_runtime(model).runner
 
 
 def put_weights(model: Llama, weights: dict[str, torch.Tensor]) -> None:
