@@ -56,7 +56,7 @@ def quantize_linears(
         if group[0] in moments:
             hessian, upstream = moments.pop(group[0]).reduce(ranks)
             if not torch.isfinite(hessian.diagonal()).all():
-                broken += [targets[name].fqn for name in group]
+                broken = broken or [targets[name].fqn for name in group]
             if any(owners[name] == ranks.rank for name in group):
                 sums[group[0]] = hessian, upstream
     weights: dict[str, QuantizedWeight] = {}
