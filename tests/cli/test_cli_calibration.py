@@ -12,6 +12,7 @@ from cli_runs import run_llmq
 from llmq.files import sha256_file
 
 SMALL = ("--calibration-windows", 5, "--calibration-length", 32)
+QUICK = ("-s", "int4-gptq", "-S", "sweeps=0", "--skip", "model.layers.[1-7].*")
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_quantize_with_a_mixture_records_every_part(
     wt2_8m: Path, calibration_text: Path, evaluation_text: Path, chats: Path, template: Path, tmp_path: Path
 ) -> None:
     sources = ("--calibration", f"{calibration_text}=3", "--calibration", f"{chats}=2", "--chat-template", template)
-    quantize = ("quantize", wt2_8m, "-s", "int4-gptq", "--eval-text", evaluation_text)
+    quantize = ("quantize", wt2_8m, *QUICK, "--eval-text", evaluation_text)
     run_llmq(*quantize, *sources, *SMALL, "-o", tmp_path / "mixed")
     run_llmq("calibrate", wt2_8m, *sources, *SMALL, "-o", tmp_path / "set")
     run_llmq(*quantize, "--calibration", tmp_path / "set", "-o", tmp_path / "recorded")
@@ -84,7 +85,7 @@ def test_quantize_with_a_mixture_records_every_part(
 
 @pytest.mark.slow
 def test_calibrating_on_the_evaluation_text_is_warned_of(wt2_8m: Path, evaluation_text: Path, tmp_path: Path) -> None:
-    quantize = ("quantize", wt2_8m, "-s", "int4-gptq", "--eval-text", evaluation_text)
+    quantize = ("quantize", wt2_8m, *QUICK, "--eval-text", evaluation_text)
     warned = run_llmq(*quantize, "--calibration", evaluation_text, *SMALL[:1], 20, *SMALL[2:], "-o", tmp_path / "out")
     assert "calibrate on another text" in " ".join(warned.output.split())
     found = calibration_of(tmp_path / "out")["overlap"]
