@@ -13,22 +13,36 @@ class ColumnGrid:
 
     def __init__(self, grid: IntGrid, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> None:
         """Take scale and zero point [N, groups] as they are stored."""
-        self.lowest_code, self.highest_code, self.mid = grid.qmin, grid.qmax, grid.mid
-        self.floating = grid.zero_point == "float"
-        self.scale = list(scale.t().to(dtype).contiguous())
-        self.zero_point = None if zero_point is None else list(zero_point.t().to(dtype).contiguous())
+        self.grid = grid
         # the same operations in the same order as in numerics.affine, so that the codes are the same to the bit
-        self.inverse = [1.0 / s for s in self.scale]
-        self.lowest = [z - s * float(grid.mid) for s, z in zip(self.scale, self.zero_point or [], strict=False)]
+        self.scale = scale.t().to(dtype).contiguous()
+        self.zero_point = None if zero_point is None else zero_point.t().to(dtype).contiguous()
+        self.inverse = 1.0 / self.scale
+        floating = grid.zero_point == "float"
+        self.lowest = self.zero_point - self.scale * float(grid.mid) if floating and self.zero_point is not None else None
+
+    @classmethod
+    def of_cells(cls, grid: IntGrid, scale: Tensor, zero_point: Tensor | None) -> ColumnGrid:
+        """Return the grids of single entries [n, k], each with its own scale and zero point, for `nearest_cells`."""
+        return cls(grid, scale, zero_point, scale.dtype)
 
     def nearest(self, group: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Return the codes nearest to `wanted` [N] in a group, and the numbers they mean, both [N] of its dtype."""
-        scale = self.scale[group]
+        return self._nearest((group,), wanted)
+
+    def nearest_cells(self, rows: Tensor, columns: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same for single entries of `of_cells`."""
+        return self._nearest((columns, rows), wanted)
+
+    def _nearest(self, where: tuple[int] | tuple[Tensor, Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
+        qmin, qmax = self.grid.qmin, self.grid.qmax
+        scale = self.scale[where]
         if self.zero_point is None:
-            codes = (wanted * self.inverse[group]).round_().clamp_(self.lowest_code, self.highest_code)
+            codes = (wanted * self.inverse[where]).round_().clamp_(qmin, qmax)
             return codes, codes * scale
-        if self.floating:
-            codes = ((wanted - self.lowest[group]) / scale).round_().clamp_(self.lowest_code, self.highest_code)
-            return codes, ((codes - self.mid) * scale).add_(self.zero_point[group])
-        codes = (wanted * self.inverse[group]).round_().add_(self.zero_point[group]).clamp_(self.lowest_code, self.highest_code)
-        return codes, (codes - self.zero_point[group]) * scale
+        zero_point = self.zero_point[where]
+        if self.lowest is not None:
+            codes = ((wanted - self.lowest[where]) / scale).round_().clamp_(qmin, qmax)
+            return codes, ((codes - self.grid.mid) * scale).add_(zero_point)
+        codes = (wanted * self.inverse[where]).round_().add_(zero_point).clamp_(qmin, qmax)
+        return codes, (codes - zero_point) * scale

@@ -2,7 +2,7 @@
 
     1  target   W, or W corrected for what quantized blocks before it do to its inputs        `correction`
     2  scales   of each group's range, or searched for the least weighted error                `scale_search`
-    3  codes    GPTQ with these scales under H_I                                               `gptq`
+    3  codes    GPTQ with these scales under H_I, or its two-sided form under H_O (x) H_I      `gptq`, `feedback`
     4  polish   scales and zero points for the codes, then codes for the scales, `sweeps` times `refit`, `coordinate`
 
 Every step after the third keeps or lowers tr(H_O E H_I E^T), E = target - W_hat. H_O, the output factor of the Fisher
@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llmq.algorithms.coordinate import sweep
 from llmq.algorithms.correction import corrected_target
+from llmq.algorithms.feedback import two_sided
 from llmq.algorithms.gptq import Factor, Factorised, GptqOptions, factorise, gptq
 from llmq.algorithms.metric import Metric, damped
 from llmq.algorithms.refit import Scales, refit
@@ -147,13 +148,22 @@ def round_linear(
         loss = plain.loss(work - nearest.dequantize(work.dtype))
         why = f"the Hessian is not positive definite, even with {tried[-1]:g} of its mean diagonal added"
         return nearest, RoundingReport(loss, loss, tried[-1], dead, n, why)
-    metric = damped_metric(plain, factor.damping, options.damping)
+    rows_factor = None
+    if plain.outputs is not None:
+        rows_factor, tried = factorise(plain.outputs, options.gptq_options())
+        if rows_factor is None:
+            loss = plain.loss(work - nearest.dequantize(work.dtype))
+            why = f"the output factor is not positive definite, even with {tried[-1]:g} of its mean diagonal added"
+            return nearest, RoundingReport(loss, loss, tried[-1], dead, n, why)
+    metric = damped_metric(plain, factor.damping, factor.damping if rows_factor is None else rows_factor.damping)
     target = _target(work, statistics, options, factor)
     nearest_loss = metric.loss(target - nearest.dequantize(work.dtype))
     steps = [("rtn", nearest_loss)]
 
     scales = _scales(target, grid, metric, options)
-    if options.gptq:
+    if options.gptq and rows_factor is not None:
+        codes = two_sided(target, scales, grid, factor, rows_factor)
+    elif options.gptq:
         first, _ = gptq(target, plain.inputs, grid, options.gptq_options(), scales=scales, factorised=factorised)
         codes = first.codes()
     else:
@@ -206,7 +216,7 @@ _KEPT: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _factorised(hessian: Tensor, options: GptqOptions) -> Factorised:
     key = (options.damping, options.act_order, hessian._version)  # noqa: SLF001 - the only way to see a change: a Hessian that was changed since is another one
-    kept = _KEPT.get(hessian, None)
+    kept = _KEPT.get(hessian, None)  # type: ignore[no-untyped-call]  # torch's own gap
     if kept is None or kept[0] != key:
         kept = (key, factorise(hessian, options))
         _KEPT[hessian] = kept

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llmq.algorithms.coordinate import sweep
 from llmq.algorithms.correction import corrected_target
-from llmq.algorithms.gptq import GptqOptions, factorise
+from llmq.algorithms.feedback import two_sided
+from llmq.algorithms.gptq import GptqOptions, factorise, gptq
 from llmq.algorithms.metric import Metric, damped
 from llmq.algorithms.refit import RIDGE, refit
 from llmq.algorithms.rounding import RoundingOptions, polish, round_linear
@@ -213,6 +214,55 @@ def test_every_step_lowers_the_exact_loss(grid: IntGrid, coupled: bool) -> None:
             after = loss_of(weight, codes, scales, grid, metric)
             assert after <= loss * (1 + 1e-12)
             loss = after
+
+
+@each_grid
+@pytest.mark.parametrize(("n", "k"), [(5, 32), pytest.param(70, 144, marks=pytest.mark.slow)])
+def test_two_sided_feedback_is_one_entry_after_another(grid: IntGrid, n: int, k: int) -> None:
+    weight, metric = problem(n, k, coupled=True)
+    assert metric.outputs is not None
+    inputs, outputs = (factorise(part, GptqOptions())[0] for part in (metric.inputs, metric.outputs))
+    assert inputs is not None
+    assert outputs is not None
+    scales = choose_scales(weight, grid)
+    ordered = weight[outputs.order][:, inputs.order]
+    group = inputs.order // (k // grid.groups(k))
+    scale, zero = scales[0][outputs.order], None if scales[1] is None else scales[1][outputs.order]
+    left, upper = outputs.unit_upper.T, inputs.unit_upper
+    error, codes = torch.zeros(n, k, dtype=F64), torch.zeros(n, k, dtype=F64)
+    residual = torch.zeros(n, k, dtype=F64)
+    for row, column in itertools.product(range(n), range(k)):
+        feedback = left[row, : row + 1] @ error[: row + 1, : column + 1] @ upper[: column + 1, column]
+        here = group[column]
+        cell = scale[row, here].view(1, 1), None if zero is None else zero[row, here].view(1, 1)
+        wanted = (ordered[row, column] + feedback).view(1, 1)
+        code = round_to_grid(wanted, grid, *cell)
+        codes[row, column] = code.item()
+        number = numbers_of(code, grid, *cell, F64).item()
+        error[row, column] = ordered[row, column] - number
+        residual[row, column] = wanted.item() - number
+    found = two_sided(weight, scales, grid, inputs, outputs)
+    assert torch.equal(found[outputs.order][:, inputs.order].double(), codes)
+    # what was rounded away is the loss: the factors diagonalise the damped form
+    inputs_damped, outputs_damped = metric.inputs.clone(), metric.outputs.clone()
+    inputs_damped[inputs.order, inputs.order] += inputs.added
+    outputs_damped[outputs.order, outputs.order] += outputs.added
+    back = torch.empty_like(error)
+    back[outputs.order[:, None], inputs.order] = error
+    by_parts = (outputs.pivots[:, None] * inputs.pivots * residual.square()).sum().item()
+    assert Metric(inputs_damped, outputs_damped).loss(back) == pytest.approx(by_parts, rel=1e-9)
+
+
+def test_two_sided_feedback_without_coupling_is_gptq() -> None:
+    weight, metric = problem(8, 48)
+    grid = GRIDS["float zero"]
+    inputs, _ = factorise(metric.inputs, GptqOptions())
+    outputs, _ = factorise(torch.eye(8, dtype=F64), GptqOptions())
+    assert inputs is not None
+    assert outputs is not None
+    one_sided, report = gptq(weight, metric.inputs, grid, GptqOptions())
+    assert report.rtn_rows == 0
+    assert torch.equal(two_sided(weight, choose_scales(weight, grid), grid, inputs, outputs), one_sided.codes())
 
 
 def test_sweep_equals_one_entry_after_another() -> None:
