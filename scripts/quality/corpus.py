@@ -16,6 +16,7 @@ from llmq.calibration.corpus import TextSource, resolve_text
 from llmq.calibration.recorder import CalibrationSet, InputRecorder
 from llmq.checkpoint import load_model, load_tokenizer_for
 from llmq.checkpoint.source import Checkpoint
+from llmq.evaluation.protocols import prefix_token
 from llmq.files import atomic_path
 from llmq.model.generate import Sampling, decode_step, prefill, sample
 from llmq.model.kv_cache import KVCache
@@ -26,7 +27,7 @@ from quality.catalogue import Suite
 LENGTH = 256
 """Tokens of a calibration window."""
 STORY_TOKENS, STORY_BATCH = 384, 64
-OWN_TEXTS = {"train": (1000, 1024), "test": (2000, 512)}
+OWN_TEXTS = {"train": (1000, 192), "test": (2000, 384)}
 """Seed and number of the stories that a model writes for calibration, and for evaluation."""
 
 
@@ -99,14 +100,14 @@ class Corpus:
 def write_stories(model: Llama, tokenizer: Tokenizer, count: int, seed: int) -> list[str]:
     """Let a model write `count` texts after BOS at temperature 1, each until its end or `STORY_TOKENS` tokens, a line each."""
     config = model.config
-    assert config.bos_token_id is not None
+    start, _ = prefix_token(tokenizer)  # a checkpoint of llama2.c names none in its configuration
     length = min(STORY_TOKENS, config.max_position_embeddings)
-    ends = {config.bos_token_id, *config.eos_token_ids}
+    ends = {start, tokenizer.eos_id, *config.eos_token_ids}
     generator = torch.Generator().manual_seed(seed)
     stories: list[str] = []
     while len(stories) < count:
         cache = KVCache(config, STORY_BATCH, length, model.dtype, model.device)
-        tokens = [torch.full((STORY_BATCH, 1), config.bos_token_id)]
+        tokens = [torch.full((STORY_BATCH, 1), start)]
         logits = prefill(model, cache, tokens[0])
         for position in range(1, length):
             tokens.append(sample(logits[:, -1], Sampling(temperature=1.0), generator))
@@ -167,7 +168,7 @@ def write_hugging_face(model: Llama, checkpoint: Checkpoint, folder: Path) -> No
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_ids),
+        "eos_token_id": list(config.eos_token_ids) or None,
         "hidden_act": "silu",
     }
     (folder / "config.json").write_text(json.dumps(shape, indent=1))
