@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from llmq.algorithms.report import LayerReport
 from llmq.errors import UsageError
-from llmq.numerics.grid import IntGrid
+from llmq.numerics.grid import ActivationGrid, IntGrid
+from llmq.ops.reference import quantize_activation
 from llmq.ops.tensor import QuantizedTensor
 from llmq.schemes.apply import plain_weight
 from llmq.schemes.block import EMBEDDING, HEAD
@@ -112,7 +113,10 @@ class Stage:
         return self.name == HEAD
 
     def float_copy(self) -> nn.Module:
-        """Return a copy of the module in fp32, with plain weights: the values as they are now, and no kernel's rounding."""
+        """Return a copy of the module in fp32, with plain weights: the values as they are now, and no kernel's rounding.
+
+        A linear whose format quantizes its inputs computes with rounded inputs: what comes after it will see their errors.
+        """
         if self.is_head:
             return self.module
         work = _skeleton(self.module)
@@ -122,7 +126,10 @@ class Stage:
                 plain = parameter.weight.dequantize()
             else:
                 plain = plain_weight(parameter).to(torch.float32, copy=True)  # an fp32 model's own memory must not change
-            setattr(work.get_submodule(owner), leaf, nn.Parameter(plain, requires_grad=False))
+            linear = work.get_submodule(owner)
+            setattr(linear, leaf, nn.Parameter(plain, requires_grad=False))
+            if isinstance(parameter, QuantizedTensor) and parameter.format.activation is not None:
+                linear.register_forward_pre_hook(_rounding_inputs(parameter.format.activation, parameter.weight.input_scale))
         return work
 
 
@@ -152,6 +159,15 @@ def stages_of(model: BlockModel, decisions: Sequence[Decision]) -> list[Stage]:
     dtype = next(model.parameters()).dtype
     stages.append(Stage(HEAD, "", model, lambda _, h, __: model.head(h.to(dtype)), _targets(own), tuple(own.values())))
     return stages
+
+
+def _rounding_inputs(grid: ActivationGrid, scale: Tensor | None) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+    def rounded(_: nn.Module, args: tuple[Tensor]) -> Tensor:
+        x = args[0]
+        codes, steps = quantize_activation(x.reshape(-1, x.shape[-1]), grid, scale)
+        return (codes * steps).reshape(x.shape)
+
+    return rounded
 
 
 def _run_block(module: nn.Module, h: Tensor, context: Any) -> Tensor:

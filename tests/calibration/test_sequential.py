@@ -259,3 +259,22 @@ def test_windows_longer_than_the_context(wt2_8m: Path) -> None:
     calibration = windows(1, 300)
     with pytest.raises(UsageError, match="256"):
         quantize_sequential(load_model(open_checkpoint(wt2_8m)), resolve("int4-gptq"), replace(calibration), skip=["lm_head"])
+
+
+def test_what_follows_sees_the_rounding_of_inputs() -> None:
+    """A float copy of a block in int8-dynamic computes what the kernels of that format compute, but for fp32 sums."""
+    from llmq.calibration.stages import block_model, stages_of
+
+    model = Model()
+    h = torch.randn(2, 8, WIDTH) * torch.logspace(-1, 1, 8)[:, None]
+    quantize_(model, "int8-dynamic", skip=["lm_head"])
+    stage = stages_of(block_model(model), [])[0]
+    with torch.no_grad():
+        exact = stage.forward(stage.module, h, 0.5)
+        copied = stage.forward(stage.float_copy(), h, 0.5)
+    torch.testing.assert_close(copied, exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+    weights_only = stage.float_copy()
+    for module in weights_only.modules():
+        module._forward_pre_hooks.clear()
+    with torch.no_grad():
+        assert (stage.forward(weights_only, h, 0.5) - exact).abs().max() > 20 * (copied - exact).abs().max()
