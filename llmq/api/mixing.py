@@ -16,7 +16,7 @@ import torch
 from llmq.algorithms.allocate import Allocation, allocate
 from llmq.api.loading import Setup
 from llmq.api.recipes import Recipe, Settled
-from llmq.api.sensing import open_original, own_linears, settle_original, with_algorithm
+from llmq.api.sensing import WIDE, open_original, own_linears, settle_original, with_algorithm
 from llmq.calibration.sensitivity_file import SensitivityTable
 from llmq.errors import UsageError
 from llmq.schemes.base import ResolvedScheme
@@ -108,7 +108,8 @@ class Mixture:
         """Say what was found."""
         how = "measured on held-out windows" if self.table.method == "measured" else "predicted from Fisher factors"
         if self.other_algorithm:
-            how += f" with {self.table.candidates[0].name}'s algorithm"
+            names = dict.fromkeys(each.name for each in self.table.candidates if each.name != WIDE)
+            how += f" with {' and '.join(names)}"
         return (
             f"mixed precision under {self.target}: {self.bits_per_weight:.3f} bits per weight, {self.size_bytes:,} bytes, "
             f"KL of about {self.predicted_kl:.2g} nats per token ({how}, linear by linear)"

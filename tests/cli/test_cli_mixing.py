@@ -223,7 +223,7 @@ def test_choices_that_were_measured_with_one_algorithm_are_made_with_another(wt2
     mixed = solve_mixture(str(wt2_8m), recipe, llmq.Setup(), table, Target(bits_per_weight=4.6))
     assert {each.scheme for each in mixed.overrides} <= {"int4-gptq", "int8-weight-only"}
     assert mixed.other_algorithm
-    assert "with int4's algorithm" in mixed.sentence()
+    assert "windows with int4, linear by linear" in mixed.sentence()
 
 
 def test_candidates() -> None:
