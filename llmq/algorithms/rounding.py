@@ -53,6 +53,7 @@ class RoundingOptions:
         block_size: see `GptqOptions`.
         mapping: how a range is laid over codes where scales are not searched.
         candidates: of the search, see `SearchOptions`.
+        trace: compute the loss after every step for the report, which costs a product with H_I each.
     """
 
     search: Search = "weighted"
@@ -66,6 +67,7 @@ class RoundingOptions:
     block_size: int = 128
     mapping: MappingType | None = None
     candidates: int = 16
+    trace: bool = False
 
     def __post_init__(self) -> None:
         if self.sweeps < 0:
@@ -94,7 +96,7 @@ class RoundingReport:
         dead_columns: inputs that were always zero.
         rtn_rows: rows for which rounding to nearest lost less, and was kept.
         fallback: why the whole weight was rounded to nearest; None where it was not.
-        steps: names of the steps and the damped loss after each, in order; the first is 'rtn'.
+        steps: names of the steps and the damped loss after each, in order, the first 'rtn'; empty without `trace`.
     """
 
     loss: float | None
@@ -157,8 +159,7 @@ def round_linear(
             return nearest, RoundingReport(loss, loss, tried[-1], dead, n, why)
     metric = damped_metric(plain, factor.damping, factor.damping if rows_factor is None else rows_factor.damping)
     target = _target(work, statistics, options, factor)
-    nearest_loss = metric.loss(target - nearest.dequantize(work.dtype))
-    steps = [("rtn", nearest_loss)]
+    steps = [("rtn", metric.loss(target - nearest.dequantize(work.dtype)))] if options.trace else []
 
     scales = _scales(target, grid, metric, options)
     if options.gptq and rows_factor is not None:
@@ -168,16 +169,27 @@ def round_linear(
         codes = first.codes()
     else:
         codes = round_to_grid(target, grid, *scales)
-    steps.append(("gptq" if options.gptq else "search", _loss(target, codes, scales, grid, metric)))
-    codes, scales, polished = polish(target, codes, scales, grid, metric, sweeps=options.sweeps, refits=options.refit)
+    if options.trace:
+        steps.append(("gptq" if options.gptq else "search", _loss(target, codes, scales, grid, metric)))
+    polishing = Polishing(options.sweeps, options.refit, options.trace)
+    codes, scales, polished = polish(target, codes, scales, grid, metric, polishing)
     quantized = QuantizedWeight.from_codes(grid, codes, *scales)
     return _keep_better(quantized, nearest, target, plain, RoundingReport(0, 0, factor.damping, dead, steps=(*steps, *polished)))
 
 
+@dataclass(frozen=True, slots=True)
+class Polishing:
+    """How often coordinate descent goes over the codes, whether scales are re-fitted in between, and whether losses are kept."""
+
+    sweeps: int
+    refit: bool = True
+    trace: bool = False
+
+
 def polish(
-    target: Tensor, codes: Tensor, scales: Scales, grid: IntGrid, metric: Metric, *, sweeps: int, refits: bool
+    target: Tensor, codes: Tensor, scales: Scales, grid: IntGrid, metric: Metric, how: Polishing
 ) -> tuple[Tensor, Scales, list[tuple[str, float]]]:
-    """Lower the loss of a quantized weight, wherever its codes and scales come from: re-fit, then sweep and re-fit by turns.
+    """Lower the loss of a quantized weight, wherever its codes and scales come from: sweep and re-fit by turns.
 
     Args:
         target: [N, K] fp32 or fp64, what the weight should be.
@@ -185,26 +197,22 @@ def polish(
         scales: scale and zero point [N, groups].
         grid: the integer grid.
         metric: damped; see `damped_metric`.
-        sweeps: how many.
-        refits: whether scales and zero points change.
+        how: see `Polishing`; without sweeps there is one re-fit.
 
     Returns:
-        Codes, scales, and the loss after each step.
+        Codes, scales, and with `trace` the loss after each step.
     """
     steps: list[tuple[str, float]] = []
-
-    def refitted(scales: Scales) -> Scales:
-        scales = refit(target, codes, scales, grid, metric)
-        steps.append(("refit", _loss(target, codes, scales, grid, metric)))
-        return scales
-
-    if refits:
-        scales = refitted(scales)
-    for _ in range(sweeps):
-        codes, changed = sweep(target, codes, scales, grid, metric)
-        steps.append(("sweep", _loss(target, codes, scales, grid, metric)))
-        if refits:
-            scales = refitted(scales)
+    changed = 1
+    for turn in range(max(how.sweeps, 1)):
+        if turn < how.sweeps:
+            codes, changed = sweep(target, codes, scales, grid, metric)
+            if how.trace:
+                steps.append(("sweep", _loss(target, codes, scales, grid, metric)))
+        if how.refit:
+            scales = refit(target, codes, scales, grid, metric)
+            if how.trace:
+                steps.append(("refit", _loss(target, codes, scales, grid, metric)))
         if not changed:
             break
     return codes, scales, steps

@@ -14,7 +14,7 @@ from llmq.algorithms.feedback import two_sided
 from llmq.algorithms.gptq import GptqOptions, factorise, gptq
 from llmq.algorithms.metric import Metric, damped
 from llmq.algorithms.refit import RIDGE, refit
-from llmq.algorithms.rounding import RoundingOptions, polish, round_linear
+from llmq.algorithms.rounding import Polishing, RoundingOptions, polish, round_linear
 from llmq.algorithms.rtn import choose_scales, numbers_of, quantize_rtn, round_to_grid
 from llmq.algorithms.scale_search import SearchOptions, search_scales
 from llmq.algorithms.statistics import Statistics
@@ -303,7 +303,7 @@ def test_after_enough_sweeps_no_single_code_could_be_better(coupled: bool) -> No
 def test_round_linear_reports_what_it_did(grid: IntGrid, metric: str) -> None:
     weight, _ = problem(24, 64)
     statistics = Statistics(second_moment(64, 1), 0.05 * second_moment(64, 2), second_moment(64, 3), second_moment(24, 4))
-    options = RoundingOptions(metric=metric, correction=0.0)  # type: ignore[arg-type]
+    options = RoundingOptions(metric=metric, correction=0.0, trace=True)  # type: ignore[arg-type]
     quantized, report = round_linear(weight, statistics, grid, options)
     inputs = statistics.input_factor if metric == "fisher" else statistics.hessian
     assert inputs is not None
@@ -339,7 +339,7 @@ def test_polish_can_start_anywhere() -> None:
     grid = GRIDS["float zero"]
     codes, scales = start(weight, grid)
     worse = (codes + torch.randint(0, 2, codes.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 15).to(codes.dtype)
-    new, new_scales, steps = polish(weight, worse, scales, grid, metric, sweeps=3, refits=True)
+    new, new_scales, steps = polish(weight, worse, scales, grid, metric, Polishing(3, trace=True))
     assert loss_of(weight, new, new_scales, grid, metric) < loss_of(weight, codes, scales, grid, metric)
     assert steps[-1][1] == pytest.approx(loss_of(weight, new, new_scales, grid, metric), rel=1e-9)
 
