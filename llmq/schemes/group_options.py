@@ -78,10 +78,11 @@ class CalibratedOptions(GroupOptions):
         "coupled by the whole model's Fisher information ('outputs'), or the Fisher information on both sides ('fisher', YAQA)",
     )
     correction: float = Field(
-        _DEFAULTS.correction,
+        0.5,
         ge=0,
         le=1,
-        description="how much of the error that reaches a linear from quantized blocks before it is corrected",
+        description="how much of the error that reaches a linear from quantized blocks before it is corrected, where the walk knows "
+        "the original model's inputs",
         json_schema_extra={"unit": "fraction"},
     )
     refit: bool = Field(_DEFAULTS.refit, description="re-fit scales and zero points to the codes in closed form")

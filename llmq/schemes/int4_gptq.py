@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -54,7 +55,10 @@ class IntGptq(Scheme[CalibratedOptions]):
                 "its Hessian in `statistics`."
             )
         started = time.perf_counter()
-        quantized, done = round_linear(weight, statistics, options.grid(self.bits), options.rounding())
+        how = options.rounding()
+        if statistics.upstream is None:  # a Hessian alone was given, as to `quantize_`
+            how = replace(how, correction=0.0)
+        quantized, done = round_linear(weight, statistics, options.grid(self.bits), how)
         report = LayerReport(
             fqn,
             (weight.shape[0], weight.shape[1]),
