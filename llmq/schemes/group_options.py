@@ -81,8 +81,8 @@ class CalibratedOptions(GroupOptions):
         0.5,
         ge=0,
         le=1,
-        description="how much of the error that reaches a linear from quantized blocks before it is corrected, where the walk knows "
-        "the original model's inputs",
+        description="how much of the error that reaches a linear from quantized blocks before it is corrected, where the walk "
+        "knows the original model's inputs",
         json_schema_extra={"unit": "fraction"},
     )
     refit: bool = Field(_DEFAULTS.refit, description="re-fit scales and zero points to the codes in closed form")
