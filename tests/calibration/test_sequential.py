@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmq.algorithms.gptq import GptqOptions, gptq
+from llmq.algorithms.rounding import round_linear
+from llmq.algorithms.statistics import Statistics
 from llmq.calibration.hessian import Hessian, LinearGroups, inputs_of
 from llmq.calibration.recorder import CalibrationInfo, CalibrationSet
 from llmq.calibration.sequential import WalkSettings, quantize_sequential
@@ -67,7 +68,7 @@ def windows(n: int = 20, length: int = 16, seed: int = 0) -> CalibrationSet:
     return CalibrationSet(tokens, CalibrationInfo("text", "t", "a", "b", n, length, seed, False, 1, n * length))
 
 
-SCHEME = resolve("int4-gptq", {"group_size": 32})
+SCHEME = resolve("int4-gptq", {"group_size": 32, "correction": 0})
 
 
 def test_hessian_is_two_over_n_times_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +113,8 @@ def test_each_block_is_calibrated_on_what_the_quantized_ones_before_it_make() ->
                 block(h, 0.5)
             for name, linear in linears.items():
                 x = seen[name].reshape(-1, linear.in_features)
-                quantized, expected = gptq(linear.weight, 2 / len(x) * x.T @ x, grid, GptqOptions())
+                known = Statistics(2 / len(x) * x.T @ x)
+                quantized, expected = round_linear(linear.weight, known, grid, SCHEME.options.rounding())
                 linear.weight = nn.Parameter(quantized.dequantize())
                 mine = model.blocks[index].get_submodule(name).weight
                 assert (mine.weight.codes() != quantized.codes()).float().mean() < 0.02  # sums in another order
