@@ -91,7 +91,7 @@ def measure(maker: Maker, rows: list[Row], file: RecordFile, limit: int | None, 
                 continue
             file.put(measured(row, corpus, made, result, environment))
             kl = result.divergence.kl_mean
-            took = f"{made.cost.seconds:.0f} s"
+            took = f"{made.cost.cpu_seconds:.0f} CPU s"
             say(f"{row.name}: {made.bits_per_weight:.3f} bits, KL {kl.value:.5f} ± {kl.stderr or 0:.5f}, {took}")
     finally:
         if evaluator is not None:

@@ -21,7 +21,6 @@ from quality.exchange import Made
 def measured(row: Row, corpus: Corpus, made: Made, result: CandidateResult, environment: Environment) -> ResultRecord:
     """Return the record of one row."""
     metrics = {**result.perplexity.metrics(), **result.divergence.metrics()}
-    metrics["quantize_seconds"] = Metric(value=made.cost.seconds, unit="s")
     metrics["quantize_cpu_seconds"] = Metric(value=made.cost.cpu_seconds, unit="s")
     metrics["reference_perplexity"] = Metric(
         value=metrics["perplexity"].value / exp(metrics["delta_ln_perplexity"].value), unit="1"
