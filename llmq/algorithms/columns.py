@@ -21,20 +21,15 @@ class ColumnGrid:
         floating = grid.zero_point == "float"
         self.lowest = self.zero_point - self.scale * float(grid.mid) if floating and self.zero_point is not None else None
 
-    @classmethod
-    def of_cells(cls, grid: IntGrid, scale: Tensor, zero_point: Tensor | None) -> ColumnGrid:
-        """Return the grids of single entries [n, k], each with its own scale and zero point, for `nearest_cells`."""
-        return cls(grid, scale, zero_point, scale.dtype)
-
     def nearest(self, group: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Return the codes nearest to `wanted` [N] in a group, and the numbers they mean, both [N] of its dtype."""
         return self._nearest((group,), wanted)
 
-    def nearest_cells(self, rows: Tensor, columns: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the same for single entries of `of_cells`."""
-        return self._nearest((columns, rows), wanted)
+    def nearest_at(self, group: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same where a weight has one row [1, entries], each with a group of its own: `group` any shape."""
+        return self._nearest((group, 0), wanted)
 
-    def _nearest(self, where: tuple[int] | tuple[Tensor, Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
+    def _nearest(self, where: tuple[int] | tuple[Tensor, int], wanted: Tensor) -> tuple[Tensor, Tensor]:
         qmin, qmax = self.grid.qmin, self.grid.qmax
         scale = self.scale[where]
         if self.zero_point is None:

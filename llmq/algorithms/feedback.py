@@ -40,51 +40,92 @@ def two_sided(target: Tensor, scales: Scales, grid: IntGrid, inputs: Factor, out
     n, k = target.shape
     rows, columns = outputs.order, inputs.order
     group = columns // (k // scales[0].shape[1])
-    wanted = target[rows][:, columns]
-    row_scales = (scales[0][rows], None if scales[1] is None else scales[1][rows])
-    scale, zero_point = (None if part is None else part.to(dtype) for part in row_scales)
-    assert scale is not None
-    upper, left = inputs.unit_upper.to(dtype), outputs.unit_upper.to(dtype)
-    error = torch.zeros(n, k, dtype=dtype, device=device)
-    half = torch.zeros(n, k, dtype=dtype, device=device)  # E U: of finished columns of tiles
-    codes = torch.empty(n, k, dtype=dtype, device=device)
-    for j in range(0, k, TILE):
-        js = slice(j, min(j + TILE, k))
-        half[:, js] = 0
-        tile_scale = scale[:, group[js]]
-        tile_zero = None if zero_point is None else zero_point[:, group[js]]
-        before = error[:, :j] @ upper[:j, js]  # what earlier columns bring to E U, for all rows
-        for i in range(0, n, TILE):
-            rows_ = slice(i, min(i + TILE, n))
-            above = left[:i, rows_].t() @ half[:i, js]  # of V^T (E U)
-            part = _Tile(wanted[rows_, js], before[rows_], above, upper[js, js], left[rows_, rows_])
-            cells = ColumnGrid.of_cells(grid, tile_scale[rows_], None if tile_zero is None else tile_zero[rows_])
-            codes[rows_, js], error[rows_, js], half[rows_, js] = part.round(cells)
-    found = torch.empty(n, k, dtype=torch.int8 if grid.symmetric else torch.uint8, device=device)
-    found[rows[:, None], columns] = codes.to(found.dtype)
-    return found
+    # whole tiles only: what is added lies on a grid point of its own, and no feedback reaches or leaves it
+    height, width = -(-n // TILE) * TILE, -(-k // TILE) * TILE
+    wanted = _padded(target[rows][:, columns], (height, width), 0.0)
+    scale = _padded(scales[0][rows][:, group].to(dtype), (height, width), 1.0)
+    zero_point = None if scales[1] is None else _padded(scales[1][rows][:, group].to(dtype), (height, width), 0.0)
+    upper, left = (_identity_padded(factor.unit_upper.to(dtype), size) for factor, size in ((inputs, width), (outputs, height)))
+    error, half, codes = (torch.zeros(height, width, dtype=dtype, device=device) for _ in range(3))  # half: E U
+    down, right = height // TILE, width // TILE
+    for diagonal in range(down + right - 1):
+        across = range(max(0, diagonal - right + 1), min(diagonal, down - 1) + 1)
+        tiles = [(_span(a), _span(diagonal - a)) for a in across]
+        # of E U, what columns of earlier tiles bring; of V^T E U, what rows of earlier tiles do
+        before = torch.stack([error[i, : j.start] @ upper[: j.start, j] for i, j in tiles])
+        above = torch.stack([left[: i.start, i].t() @ half[: i.start, j] for i, j in tiles])
+        cells = _Cells(grid, *(_stacked(part, tiles) for part in (wanted, scale, zero_point)))
+        own = torch.stack([upper[j, j].t() for _, j in tiles]), torch.stack([left[i, i].t() for i, _ in tiles])
+        found = _round_tiles(cells, before, above, own)
+        for number, tile in enumerate(tiles):
+            for whole, part in zip((codes, error, half), found, strict=True):
+                whole[tile] = part[number]
+    result = torch.empty(n, k, dtype=torch.int8 if grid.symmetric else torch.uint8, device=device)
+    result[rows[:, None], columns] = codes[:n, :k].to(result.dtype)
+    return result
 
 
-class _Tile:
-    """A tile [n, k]: its targets, what everything before it brings to E U and to V^T E U, and its own part of U and V."""
+class _Cells:
+    """Entries of some tiles [m, TILE, TILE], each with its own scale and zero point."""
 
-    def __init__(self, wanted: Tensor, before: Tensor, above: Tensor, upper: Tensor, left: Tensor) -> None:
-        self.wanted, self.before, self.above, self.upper, self.left = wanted, before, above, upper, left
+    def __init__(self, grid: IntGrid, wanted: Tensor | None, scale: Tensor | None, zero_point: Tensor | None) -> None:
+        assert wanted is not None
+        assert scale is not None
+        self.wanted, self.shape = wanted, wanted.shape
+        self.entries = ColumnGrid(grid, scale.view(1, -1), None if zero_point is None else zero_point.view(1, -1), wanted.dtype)
 
-    def round(self, cells: ColumnGrid) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes, errors E, and E U of the tile, all [n, k]."""
-        n, k = self.wanted.shape
-        codes, error, half = (torch.zeros_like(self.wanted) for _ in range(3))
-        by_column, by_row = self.upper.t().contiguous(), self.left.t().contiguous()
-        for diagonal in range(n + k - 1):
-            first = max(0, diagonal - k + 1)
-            i = torch.arange(first, min(diagonal, n - 1) + 1, device=codes.device)
-            j = diagonal - i
-            # E U without this entry's own error, and V^T of the rows above it: both 0 where nothing is fixed yet
-            own = self.before[i, j] + (error[i] * by_column[j]).sum(1)
-            total = own + self.above[i, j] + (half.t()[j] * by_row[i]).sum(1)
-            found, numbers = cells.nearest_cells(i, j, self.wanted[i, j] + total)
-            codes[i, j] = found
-            error[i, j] = self.wanted[i, j] - numbers
-            half[i, j] = own + error[i, j]
-        return codes, error, half
+    def nearest(self, where: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes and numbers nearest to `values` at the flat positions `where`, both of the same shape."""
+        return self.entries.nearest_at(where, values)
+
+
+def _round_tiles(cells: _Cells, before: Tensor, above: Tensor, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Round tiles that do not need each other, anti-diagonal by anti-diagonal.
+
+    Args:
+        cells: what is wanted, and the grids.
+        before: [m, TILE, TILE], what columns before the tile bring to E U.
+        above: [m, TILE, TILE], what rows above the tile bring to V^T E U.
+        own: U^T and V^T between the tile's own columns and rows.
+
+    Returns:
+        Codes, errors E, and E U, all [m, TILE, TILE].
+    """
+    by_column, by_row = own
+    codes, error, half = (torch.zeros_like(cells.wanted) for _ in range(3))
+    half_columns = half.transpose(1, 2)
+    offset = torch.arange(len(before), device=before.device)[:, None] * TILE * TILE
+    flat_codes, flat_error, flat_half = (part.view(-1) for part in (codes, error, half))
+    for diagonal in range(2 * TILE - 1):
+        i = torch.arange(max(0, diagonal - TILE + 1), min(diagonal, TILE - 1) + 1, device=before.device)
+        j = diagonal - i
+        where = offset + i * TILE + j
+        # entries that are not fixed yet are 0 in `error` and `half`
+        mine = before[:, i, j] + (error[:, i] * by_column[:, j]).sum(-1)
+        total = mine + above[:, i, j] + (half_columns[:, j] * by_row[:, i]).sum(-1)
+        wanted = cells.wanted[:, i, j]
+        found, numbers = cells.nearest(where, wanted + total)
+        flat_codes[where] = found
+        flat_error[where] = wanted - numbers
+        flat_half[where] = mine + wanted - numbers
+    return codes, error, half
+
+
+def _span(tile: int) -> slice:
+    return slice(tile * TILE, (tile + 1) * TILE)
+
+
+def _stacked(whole: Tensor | None, tiles: list[tuple[slice, slice]]) -> Tensor | None:
+    return None if whole is None else torch.stack([whole[tile] for tile in tiles])
+
+
+def _padded(matrix: Tensor, shape: tuple[int, int], value: float) -> Tensor:
+    result = matrix.new_full(shape, value)
+    result[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return result
+
+
+def _identity_padded(matrix: Tensor, size: int) -> Tensor:
+    result = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    result[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return result
