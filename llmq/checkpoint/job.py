@@ -243,13 +243,20 @@ class Job:
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    different = _differences(found, wanted)
     if different:
-        what = "; ".join(f"{key} was {_short(found.get(key))}, is {_short(wanted.get(key))}" for key in different)
         raise UsageError(
-            f"{folder} holds an unfinished job that differs: {what}. Run that one again to finish it, choose another --out, or "
-            "throw it away with --restart."
+            f"{folder} holds an unfinished job that differs: {'; '.join(different)}. Run that one again to finish it, choose "
+            "another --out, or throw it away with --restart."
         )
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+    """Say what differs, by the names of the innermost values: 'options.group_size was 128, is 64'."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        inside = name and f"{name}."
+        return [what for key in {**found, **wanted} for what in _differences(found.get(key), wanted.get(key), f"{inside}{key}")]
+    return [] if found == wanted else [f"{name} was {_short(found)}, is {_short(wanted)}"]
 
 
 def _short(value: Any) -> str:

@@ -66,14 +66,13 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_bytes(
 ) -> None:
     out = tmp_path / "out"
     moment = random.Random(number)
-    started = time.monotonic()
-    begun: list[float] = []  # when the first part was finished: loading libraries before it takes most of the time
+    after, more = moment.randrange(PARTS + 1), moment.uniform(0, 2)  # that many parts, and as many seconds
+    reached: list[float] = []
 
     def due() -> bool:
-        if not begun and finished_parts(out):
-            begun.append(time.monotonic())
-            begun.append(begun[0] + moment.uniform(0, 0.5 * (begun[0] - started)))
-        return bool(begun) and time.monotonic() >= begun[1]
+        if not reached and finished_parts(out) >= after:
+            reached.append(time.monotonic())
+        return bool(reached) and time.monotonic() >= reached[0] + more
 
     process = start("quantize", short_model, *GPTQ, "-o", out)
     killed = stop_when(process, due)
@@ -190,8 +189,8 @@ def test_another_job_is_refused_with_the_difference_and_restart_begins_anew(
         file.write(bytes([last[0] ^ 1]))
     for arguments, difference in (
         (("quantize", other, *GPTQ, "-o", unfinished), "model was"),
-        ((*run[:4], "--calibration", text, *run[6:]), "calibration was"),
-        ((*run, "-S", "group_size=64"), 'options was {"group_size": 128'),
+        ((*run[:4], "--calibration", text, *run[6:]), "calibration."),
+        ((*run, "-S", "group_size=64"), "options.group_size was 128, is 64"),
         ((*run, "--seed", 1), "seed was 0, is 1"),
         ((*run, "--lm-head"), "skip was"),
         ((*run, "--activations", "fp32"), 'activations was "bf16", is "fp32"'),
@@ -203,7 +202,7 @@ def test_another_job_is_refused_with_the_difference_and_restart_begins_anew(
         assert finished_parts(unfinished) == 3
     with monkeypatch.context() as patch:
         patch.setattr("llmq.api.quantizing.__version__", "9.9")
-        assert '"llmq": "9.9"' in run_llmq(*run, code=2).output
+        assert 'is "9.9"' in run_llmq(*run, code=2).output
     changed = run_llmq(*run, "--seed", 1, "--restart")
     assert "going on" not in changed.output
     assert json.loads((unfinished / "llmq.json").read_text())["seed"] == 1
