@@ -11,13 +11,14 @@ from llmq.algorithms.report import LayerReport
 from llmq.checkpoint.artefact import assemble, stored_names
 from llmq.checkpoint.job import Job
 from llmq.checkpoint.parts import PartwiseModel
+from llmq.checkpoint.source import EMBEDDING as EMBEDDING_WEIGHT
 from llmq.checkpoint.source import HEAD as HEAD_WEIGHT
 from llmq.checkpoint.store import stored_parameter
 from llmq.errors import SchemeError
 from llmq.numerics.grid import IntGrid, LinearFormat, format_from_json
 from llmq.ops.tensor import QuantizedTensor
 from llmq.ranks import Ranks
-from llmq.schemes.block import HEAD
+from llmq.schemes.block import EMBEDDING, HEAD
 
 
 class JobKeeper:
@@ -86,6 +87,8 @@ class JobKeeper:
         for name in names:
             form = forms.get(name)
             self.parts.put(name, _value(name, form, tensors, tuple(self.parts.shape(name)), dtype))
+        if part == HEAD and HEAD_WEIGHT not in names:  # tied, and still the embedding
+            self.parts.put(HEAD_WEIGHT, self._broadcast(EMBEDDING)[EMBEDDING_WEIGHT])
 
     def entry(self, part: str) -> dict[str, Any] | None:
         """Return what the first process knows of a finished part; see `Job.entry`."""
