@@ -7,7 +7,8 @@ is
 
 where p is 2 unless asked otherwise, and h is 1, or the second moment of each input (the diagonal of the Hessian). Candidates
 are the range of the group, shrunk (and a little widened) by a ladder of factors. Each is improved by alternating least
-squares: codes for the scales, then the best scales for the codes, which is a system of one or two unknowns. Other norms than
+squares: codes for the scales, then the best scales for the codes, which is a system of one or two unknowns. That ends in the
+nearest of many minima, so the best one is moved a little in every direction and improved again. Other norms than
 p = 2 are reached by reweighting (h |w - w_hat|^(p - 2) for the next system); p < 1 is the norm of HQQ (Badri and Shaji,
 2023), whose half-quadratic splitting solves the same problem for the zero point alone.
 
@@ -30,6 +31,8 @@ from llmq.numerics.affine import MappingType
 from llmq.numerics.grid import IntGrid
 from llmq.numerics.weight import torch_dtype
 
+NUDGES = ((0.98, -0.25), (0.98, 0.25), (1.02, -0.25), (1.02, 0.25), (0.96, 0.0), (1.04, 0.0), (1.0, 0.5), (1.0, -0.5))
+"""What the best candidate is moved by: a factor of its scale, and a shift of its floating zero point in steps of the grid."""
 CHUNK_ELEMENTS = 1 << 18
 """Weights that are searched at a time: few enough for what is computed of them to stay in cache."""
 
@@ -44,6 +47,7 @@ class SearchOptions:
         widen: the widest one.
         rounds: of alternating least squares, for each candidate.
         norm: the exponent p of the error.
+        nudge: move the best candidate a little in every direction, and improve what that gives in the same way.
         mapping: how a symmetric range is laid over codes where the first candidate is chosen; see `algorithms.rtn`.
     """
 
@@ -52,6 +56,7 @@ class SearchOptions:
     widen: float = 1.05
     rounds: int = 2
     norm: float = 2.0
+    nudge: bool = True
     mapping: MappingType | None = None
 
     def __post_init__(self) -> None:
@@ -102,6 +107,9 @@ def search_scales(
         best = _Best(part, scale[rows], None if zero_point is None else zero_point[rows])
         for s, z in part.starts(options):
             best.offer(s, z, options.rounds)
+        if options.nudge:
+            for factor, shift in NUDGES:
+                best.offer(*best.nudged(factor, shift), options.rounds)
         scale[rows] = best.scale.to(scale.dtype)
         if zero_point is not None and best.zero is not None:
             zero_point[rows] = best.zero.to(zero_point.dtype)
@@ -202,6 +210,15 @@ class _Best:
         self.scale = scale.to(groups.w.dtype)
         self.zero = None if zero_point is None else zero_point.to(groups.w.dtype)
         self.error = groups.error(groups.centred(self.scale, self.zero), self.scale, self.zero)[0]
+
+    def nudged(self, factor: float, shift: float) -> tuple[Tensor, Tensor | None]:
+        """Return the best scales times `factor`; floating zero points move by `shift` steps of the grid, integer ones by one."""
+        if self.zero is None:
+            return self.scale * factor, None
+        if self.groups.grid.zero_point == "float":
+            return self.scale * factor, self.zero + shift * self.scale
+        step = 0 if shift == 0 else 1 if shift > 0 else -1
+        return self.scale * factor, (self.zero + step).clamp(0, self.groups.grid.qmax)
 
     def offer(self, s: Tensor, z: Tensor | None, rounds: int) -> None:
         """Take a candidate, or what some rounds of alternating least squares make of it, where that is better."""

@@ -17,7 +17,7 @@ class BestOptions(FisherOptions):
     """As `FisherOptions`, and how the model is distilled at the end."""
 
     distill_epochs: int = Field(
-        8,
+        4,
         ge=0,
         le=1000,
         description="times that distillation goes over the calibration windows; 0: the model is not distilled",

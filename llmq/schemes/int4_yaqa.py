@@ -23,7 +23,7 @@ class FisherOptions(CalibratedOptions):
         "coupled by the whole model's Fisher information ('outputs'), or the Fisher information on both sides ('fisher', YAQA)",
     )
     sweeps: int = Field(
-        4, ge=0, le=100, description="times that coordinate descent goes over all codes", json_schema_extra={"unit": "sweeps"}
+        1, ge=0, le=100, description="times that coordinate descent goes over all codes", json_schema_extra={"unit": "sweeps"}
     )
     fisher_rounds: int = Field(
         1,

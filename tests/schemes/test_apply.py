@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmq.algorithms.statistics import Statistics
 from llmq.errors import SchemeError, ShapeError, UsageError
 from llmq.numerics.grid import FloatGrid
 from llmq.ops.tensor import QuantizedTensor
@@ -35,8 +36,13 @@ class Mixed(nn.Module):
         return self.head(h)
 
 
-def statistics(module: nn.Module) -> dict[str, Tensor]:
-    return {fqn: torch.eye(m.in_features) for fqn, m in module.named_modules() if isinstance(m, nn.Linear)}
+def statistics(module: nn.Module) -> dict[str, Statistics]:
+    linears = {fqn: m for fqn, m in module.named_modules() if isinstance(m, nn.Linear)}
+    return {fqn: known(m.in_features, m.out_features) for fqn, m in linears.items()}
+
+
+def known(k: int, n: int) -> Statistics:
+    return Statistics(torch.eye(k), torch.zeros(k, k), torch.eye(k), torch.eye(n))
 
 
 def row(report: Coverage, fqn: str):

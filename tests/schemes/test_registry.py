@@ -19,15 +19,21 @@ NAMES = [
     "int2",
     "int2-autoround",
     "int2-awq",
+    "int2-best",
     "int2-gptq",
+    "int2-yaqa",
     "int3",
     "int3-autoround",
     "int3-awq",
+    "int3-best",
     "int3-gptq",
+    "int3-yaqa",
     "int4",
     "int4-autoround",
     "int4-awq",
+    "int4-best",
     "int4-gptq",
+    "int4-yaqa",
     "int8-dynamic",
     "int8-dynamic-int4",
     "int8-smoothquant",
@@ -47,7 +53,8 @@ def test_contract_of_every_scheme(name: str) -> None:
     assert format_from_json(json.loads(json.dumps(resolved.format.to_json()))) == resolved.format
     assert resolve(name, resolved.options_json()) == resolved
     weight = torch.randn(16, 256)
-    statistics = Statistics(torch.eye(256)) if resolved.needs_calibration else None
+    known = Statistics(torch.eye(256), torch.zeros(256, 256), torch.eye(256), torch.eye(16))
+    statistics = known if resolved.needs_calibration else None
     quantized, report = resolved.quantize_weight(weight, statistics, "some.linear")
     assert quantized.grid == resolved.format.weight
     assert quantized.bits_per_weight == resolved.format.weight.bits_per_weight(256)
