@@ -117,7 +117,7 @@ class _System:
             product = self.basis[:, own] @ self.inputs[own]
             tail = product[:, own.start :] * self.basis[:, own.start :]
             matrix[:, group, group:g] = self._sums(tail, group).double()
-            matrix[:, group:g, group] = matrix[:, group, group:g]
+            matrix[:, group:g, group] = matrix[:, group, group:g].clone()  # they share the entry on the diagonal
             if self.with_zero:
                 matrix[:, group, g:] = self._sums(product).double()
                 matrix[:, g:, group] = matrix[:, group, g:]

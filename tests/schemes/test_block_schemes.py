@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from llmq.algorithms.statistics import Needs, Statistics
-from llmq.api.loading import open_model
 from llmq.calibration.corpus import resolve_text
 from llmq.calibration.recorder import InputRecorder
 from llmq.calibration.sequential import quantize_sequential
+from llmq.checkpoint import load_model, load_tokenizer_for, open_checkpoint
 from llmq.errors import SchemeError, UsageError
 from llmq.schemes.apply import quantize_
 from llmq.schemes.registry import resolve
@@ -66,23 +66,24 @@ def test_starts_and_clips() -> None:
     ids=["awq", "autoround"],
 )
 def test_walk_is_nearer_than_rounding_to_nearest(wt2_8m: Path, name: str, options: dict[str, str]) -> None:
-    def fresh() -> Any:
-        return open_model(str(wt2_8m))
+    checkpoint = open_checkpoint(wt2_8m)
 
-    loaded = fresh()
-    model = loaded.model.float()
+    def fresh() -> Any:
+        return load_model(checkpoint, dtype=torch.float32)
+
+    model, tokenizer = fresh(), load_tokenizer_for(checkpoint)
     text = resolve_text(None, split="train")
-    windows = InputRecorder(loaded.tokenizer, windows=12, length=128).record_text(text)
-    other = InputRecorder(loaded.tokenizer, windows=4, length=128, seed=5).record_text(resolve_text(None, split="validation"))
+    windows = InputRecorder(tokenizer, windows=12, length=128).record_text(text)
+    other = InputRecorder(tokenizer, windows=4, length=128, seed=5).record_text(resolve_text(None, split="test"))
     with torch.no_grad():
         p = model(other.tokens.long()).double().log_softmax(-1)
         results = []
         for scheme in (resolve(name, options), None):
-            quantized = fresh().model.float()
+            quantized = fresh()
             if scheme is None:
-                quantize_(quantized, resolve("int3", {"search": "range"}))
+                quantize_(quantized, resolve("int3", {"search": "range"}), skip=["lm_head"])
             else:
-                quantize_sequential(quantized, scheme, windows)
+                quantize_sequential(quantized, scheme, windows, skip=["lm_head"])
             q = quantized(other.tokens.long()).double().log_softmax(-1)
             results.append(float((p.exp() * (p - q)).sum(-1).mean()))
     assert results[0] < 0.9 * results[1]
