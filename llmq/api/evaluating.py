@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from llmq.model.kv_cache import AUTO, kv_name
 from llmq.ops.usage import record_usage
 from llmq.progress import SILENT, Progress
 from llmq.ranks import join_ranks
-from llmq.results.record import Protocol, ResultRecord
+from llmq.results.binning import histogram
+from llmq.results.record import Details, Metric, Protocol, ResultRecord
+from llmq.results.tokens import TokenFigures
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,7 @@ def quality_records(
 ) -> list[ResultRecord]:
     """Make the records of one evaluation; a divergence comes with the reference that it is measured from."""
     subject, environment = loaded.subject(), loaded.setup.environment()
+    tokens = token_figures(perplexity, divergence[0] if divergence is not None else None)
     found = [
         ResultRecord(
             kind="perplexity",
@@ -175,7 +179,8 @@ def quality_records(
             kernels=kernels,
             environment=environment,
             notes=notes,
-        )
+            details=Details(layers=layer_figures(loaded)),
+        ).with_tokens(tokens)
     ]
     if divergence is not None:
         measured, reference = divergence
@@ -193,8 +198,43 @@ def quality_records(
                 kernels=kernels,
                 environment=environment,
                 notes=notes,
-            )
+                details=Details(histograms={"kl": histogram(measured.kl.numpy(), "nats", per_decade=_BINS)}),
+            ).with_tokens(tokens)
         )
+    return found
+
+
+_BINS = 5
+"""Of a histogram of divergences, between 1 and 10."""
+
+
+def token_figures(perplexity: PerplexityResult, divergence: DivergenceResult | None) -> TokenFigures:
+    """Return what is stored of every scored token, in fp32."""
+    losses = perplexity.losses
+    return TokenFigures(
+        nll=losses.nll.numpy(),
+        window_sizes=losses.window_sizes.numpy(),
+        kl=None if divergence is None else divergence.kl.float().numpy(),
+        same_top=None if divergence is None else divergence.same_top.numpy(),
+    )
+
+
+def layer_figures(loaded: Loaded) -> dict[str, dict[str, Metric]]:
+    """Return what is known of each quantized linear: noise of the weight, loss and that of rounding to nearest, bits."""
+    found: dict[str, dict[str, Metric]] = {}
+    bits = {row.fqn: row.bits_per_weight for row in loaded.coverage.quantized} if loaded.coverage is not None else {}
+    for report in loaded.reports:
+        figures = {
+            "sqnr": (report.sqnr_db, "dB"),
+            "loss": (report.loss, "1"),
+            "rtn_loss": (report.rtn_loss, "1"),
+            "bits_per_weight": (bits.get(report.fqn), "bits"),
+        }
+        found[report.fqn] = {
+            name: Metric(value=value, unit=unit)
+            for name, (value, unit) in figures.items()
+            if value is not None and isfinite(value)
+        }
     return found
 
 

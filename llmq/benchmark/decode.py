@@ -210,6 +210,7 @@ def _time_decodes(cases: Sequence[_Case], plan: BenchPlan, bandwidth: Bandwidth 
             compile_s=compile_s,
             kernels=kernels,
             memory=memory,
+            step_s=tuple(time for step in steps for time in samples[step]),
         )
         for case, (kernels, compile_s), samples in zip(cases, settled, timed, strict=True)
     ]

@@ -10,10 +10,13 @@ from llmq.benchmark.memory import PeakMemory
 from llmq.benchmark.order_statistics import median, summarize
 from llmq.benchmark.traffic import StepBytes
 from llmq.errors import UsageError
-from llmq.results.record import Environment, Kind, Metric, Protocol, ResultRecord, Subject
+from llmq.results.binning import histogram
+from llmq.results.record import Details, Environment, Kind, Metric, Protocol, ResultRecord, Subject
 
 PROTOCOL_VERSION = 1
 """Raised when the meaning of a figure of `prefill` or `decode` records changes."""
+_BINS = 40
+"""Of a histogram of step times, between 1 and 10: 6 % wide each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,11 @@ class PrefillResult:
     memory: PeakMemory
 
     @property
+    def details(self) -> Details:
+        """Nothing: repeats are few, and the samples of the metrics."""
+        return Details()
+
+    @property
     def tokens_per_s(self) -> float:
         """Prompt tokens of all sequences over the median time of a prefill."""
         return self.batch_size * self.prompt_length / median(self.prefill_s)
@@ -123,6 +131,13 @@ class DecodeResult:
     compile_s: float | None
     kernels: dict[str, int]
     memory: PeakMemory
+    step_s: tuple[float, ...] = ()
+    """Every timed step of every repeat."""
+
+    @property
+    def details(self) -> Details:
+        """How the times of single steps are spread."""
+        return Details(histograms={"step_s": histogram(self.step_s, "s", per_decade=_BINS)} if self.step_s else {})
 
     @property
     def median_tpot_s(self) -> float:
@@ -195,6 +210,7 @@ class SpeedReport:
                 kernels=result.kernels,
                 environment=environment,
                 notes=[*notes, *self._notes(result)],
+                details=result.details,
             )
             for kind, results in kinds
             for result in results

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""Schema versions that are read. Version 1 had no `Subject.kv_cache`."""
+if TYPE_CHECKING:
+    from llmq.results.tokens import TokenFigures
 
-Kind = Literal["quantize", "perplexity", "divergence", "tasks", "decode", "prefill", "bandwidth", "kernel"]
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
+"""Schema versions that are read. Version 1 had no `Subject.kv_cache`, version 2 no `details` and no `tokens_sha256`."""
+
+Kind = Literal["quantize", "perplexity", "divergence", "tasks", "decode", "prefill", "bandwidth", "kernel", "layers"]
 
 
 class _Strict(BaseModel):
@@ -80,6 +83,41 @@ class Environment(_Strict):
     memory_bytes: int
 
 
+class Histogram(_Strict):
+    """Counts of values between logarithmic edges.
+
+    A value lies in bin i when edges[i] <= value < edges[i + 1]; zeros have a count of their own, because they have no logarithm.
+    """
+
+    unit: str
+    edges: list[float] = Field(description="ascending, one more than there are bins; empty where every value is zero")
+    counts: list[int]
+    zeros: int = Field(default=0, description="values that are 0")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Histogram:
+        bins = max(0, len(self.edges) - 1)
+        if len(self.counts) != bins or any(low >= high for low, high in zip(self.edges, self.edges[1:], strict=False)):
+            raise ValueError(f"{len(self.edges)} edges, ascending, go with {bins} counts; there are {len(self.counts)}")
+        return self
+
+    @property
+    def total(self) -> int:
+        """How many values there are."""
+        return sum(self.counts) + self.zeros
+
+
+class Details(_Strict):
+    """What stands behind a record's figures, small enough to be part of it."""
+
+    layers: dict[str, dict[str, Metric]] = Field(
+        default_factory=dict, description="figures of single linears by fully qualified name, such as 'sqnr' (dB) and 'loss'"
+    )
+    histograms: dict[str, Histogram] = Field(
+        default_factory=dict, description="'kl': of all scored tokens (nats); 'step_s': of all timed decode steps (s)"
+    )
+
+
 class ResultRecord(_Strict):
     """One measured thing."""
 
@@ -93,3 +131,21 @@ class ResultRecord(_Strict):
     kernels: dict[str, int] = Field(default_factory=dict, description="kernel that ran -> number of linears it ran for")
     environment: Environment
     notes: list[str] = Field(default_factory=list, description="what was skipped, what fell back, what overlaps")
+    details: Details = Field(default_factory=Details)
+    tokens_sha256: str | None = Field(
+        default=None, description="of the figures of every scored token, which are stored beside the record; None: it has none"
+    )
+    tokens: Any = Field(  # TokenFigures | None; as a type it would bring numpy to those who only read records
+        default=None, exclude=True, repr=False, description="those figures, from measuring them until they are stored"
+    )
+
+    @model_validator(mode="after")
+    def _named(self) -> ResultRecord:
+        if self.tokens is not None and self.tokens.sha256 != self.tokens_sha256:
+            raise ValueError("tokens_sha256 is not that of the figures; make such records with `with_tokens`")
+        return self
+
+    def with_tokens(self, tokens: TokenFigures | None) -> ResultRecord:
+        """Return this record with the figures of its scored tokens, or without them but still naming them."""
+        sha256 = self.tokens_sha256 if tokens is None else tokens.sha256
+        return self.model_copy(update={"tokens": tokens, "tokens_sha256": sha256})

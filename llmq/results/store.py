@@ -1,4 +1,8 @@
-"""A file of result records: one JSON object a line, only ever appended to, by any number of processes at once."""
+"""A file of result records: one JSON object a line, only ever appended to, by any number of processes at once.
+
+The figures of single tokens that records name lie beside it, in the folder NAME.tokens for NAME.jsonl, each in a file that its
+hash names: the same figures are stored once, and nothing is ever written over.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from llmq.errors import InputError, OutputError
+from llmq.files import atomic_path
 from llmq.results.record import READABLE_VERSIONS, ResultRecord
+from llmq.results.tokens import TokenFigures, parse_tokens
 
 
 def append_records(path: Path, records: Sequence[ResultRecord]) -> None:
     """Append records to a file, creating it and its folder when absent. Either all are there afterwards, or none.
+
+    Their token figures are written first, so that no record names what is not there.
 
     A lock (flock) keeps processes apart, one write carries all lines, and a write that ends short is taken back. A file whose
     last line was cut off (by a crash, or by hand) gets a line break first, so that one damaged line stays one.
@@ -26,6 +34,8 @@ def append_records(path: Path, records: Sequence[ResultRecord]) -> None:
     lines = [to_json_line(record) for record in records]
     if not lines:
         return
+    for tokens in {record.tokens.sha256: record.tokens for record in records if record.tokens is not None}.values():
+        _put_tokens(tokens_path(path, tokens.sha256), tokens)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -59,6 +69,30 @@ def read_many(paths: Iterable[Path]) -> list[ResultRecord]:
     return [record for path in paths for record in read_records(path)]
 
 
+def tokens_path(path: Path, sha256: str) -> Path:
+    """Return where the token figures of that hash lie for a file of records."""
+    return path.with_suffix(".tokens") / f"{sha256[:32]}.safetensors"
+
+
+def read_tokens(path: Path, record: ResultRecord) -> TokenFigures | None:
+    """Return the token figures of a record of the file `path`; None for a record that has none.
+
+    Raises:
+        InputError: they are not there any more, or damaged.
+    """
+    if record.tokens_sha256 is None:
+        return None
+    beside = tokens_path(path, record.tokens_sha256)
+    try:
+        data = beside.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"the token figures of the {record.kind} record of {record.subject.scheme} in {path} cannot be read from {beside}: "
+            f"{error.strerror or error}; copy the folder along with the file, or measure again."
+        ) from error
+    return parse_tokens(data, record.tokens_sha256, str(beside))
+
+
 def parse_line(line: str, where: str) -> ResultRecord:
     """Read one line; `where` (file and line) begins the message of any error.
 
@@ -72,7 +106,7 @@ def parse_line(line: str, where: str) -> ResultRecord:
     if not isinstance(data, dict) or "schema_version" not in data:
         raise InputError(f"{where} is no result record: it has no schema_version; name a file that `--record` wrote.")
     if data["schema_version"] not in READABLE_VERSIONS:
-        readable = " and ".join(map(str, READABLE_VERSIONS))
+        readable = ", ".join(map(str, READABLE_VERSIONS))
         raise InputError(
             f"{where} has schema_version {data['schema_version']!r}, and this llmq reads {readable}; "
             f"use the llmq that wrote it, or measure again."
@@ -96,7 +130,7 @@ def to_json_line(record: ResultRecord) -> str:
     """
     line = record.model_dump_json()
     try:
-        same = ResultRecord.model_validate_json(line) == record
+        same = ResultRecord.model_validate_json(line) == record.with_tokens(None)
     except ValidationError:
         same = False
     if not same:
@@ -104,6 +138,13 @@ def to_json_line(record: ResultRecord) -> str:
         reason = f"metric {odd[0]} is {record.metrics[odd[0]].value}" if odd else "it holds something that JSON cannot hold"
         raise OutputError(f"a {record.kind} record of {record.subject.scheme} cannot be stored: {reason}.")
     return line
+
+
+def _put_tokens(path: Path, tokens: TokenFigures) -> None:
+    if path.is_file() and path.read_bytes() == tokens.data:
+        return
+    with atomic_path(path, force=True) as temporary:
+        temporary.write_bytes(tokens.data)
 
 
 def _append_locked(descriptor: int, data: bytes) -> None:

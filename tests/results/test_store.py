@@ -7,12 +7,15 @@ import multiprocessing
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from llmq.errors import InputError, OutputError
 from llmq.results import store
 from llmq.results.record import Environment, Metric, Protocol, ResultRecord, Subject
-from llmq.results.store import append_records, parse_line, read_many, read_records, to_json_line
+from llmq.results.store import append_records, parse_line, read_many, read_records, read_tokens, to_json_line
+from llmq.results.tokens import TokenFigures, parse_tokens
 
 
 def record(scheme: str = "int4", value: float = 5.5, notes: list[str] | None = None) -> ResultRecord:
@@ -125,8 +128,8 @@ def changed(**fields: object) -> str:
         ("not json", r"line 2 is not JSON"),
         ("[1, 2]", r"line 2 is no result record: it has no schema_version"),
         ('{"a": 1}', r"line 2 is no result record: it has no schema_version"),
-        (changed(schema_version=99), r"line 2 has schema_version 99, and this llmq reads 1 and 2"),
-        (changed(schema_version="1"), r"line 2 has schema_version '1', and this llmq reads 1 and 2"),
+        (changed(schema_version=99), r"line 2 has schema_version 99, and this llmq reads 1, 2, 3"),
+        (changed(schema_version="1"), r"line 2 has schema_version '1', and this llmq reads 1, 2, 3"),
         (changed(kind="vibes"), r"line 2 is no valid record: kind: "),
         (changed(metrics={"a": {"value": "many", "unit": "1"}}), r"line 2 is no valid record: metrics\.a\.value: "),
         (changed(extra=1, more=2), r"line 2 is no valid record: extra: .* \(and 1 more\)"),
@@ -143,8 +146,8 @@ def test_damaged_lines_name_file_and_line(tmp_path: Path, line: str, message: st
 def test_records_of_an_older_schema_are_read(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     data = json.loads(to_json_line(record()))
-    assert data["schema_version"] == 2
-    del data["subject"]["kv_cache"]
+    assert data["schema_version"] == 3
+    del data["subject"]["kv_cache"], data["details"], data["tokens_sha256"]
     path.write_text(json.dumps(data | {"schema_version": 1}) + "\n")
     (old,) = read_records(path)
     assert (old.schema_version, old.subject.kv_cache) == (1, None)
@@ -170,3 +173,51 @@ def test_a_metric_that_is_no_number_is_not_stored(tmp_path: Path, value: float) 
     with pytest.raises(OutputError, match=f"a perplexity record of int4 cannot be stored: metric perplexity is {value}"):
         append_records(path, [record(), record(value=value)])
     assert not path.exists()
+
+
+def figures(shift: float = 0.0) -> TokenFigures:
+    nll = np.arange(5, dtype=np.float32) + np.float32(shift)
+    return TokenFigures(nll, np.array([3, 2], np.int32), nll / 8, np.array([True, False, True, True, False]))
+
+
+def test_token_figures_lie_beside_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    written = [
+        record().with_tokens(figures()),
+        record("bf16").with_tokens(figures()),
+        record("fp32").with_tokens(figures(0.5)),
+        record(),
+    ]
+    append_records(path, written)
+    append_records(path, written[:1])
+    read = read_records(path)
+    assert [each.tokens_sha256 for each in read[:4]] == [each.tokens_sha256 for each in written]
+    assert len(list((tmp_path / "runs.tokens").iterdir())) == 2  # the same figures once
+    assert read_tokens(path, read[3]) is None
+    for given, found in zip(written[:3], read, strict=False):
+        tokens = read_tokens(path, found)
+        for name in ("nll", "window_sizes", "kl", "same_top"):
+            np.testing.assert_array_equal(getattr(tokens, name), getattr(given.tokens, name), strict=True)
+    assert figures().sha256 == figures().sha256 != figures(0.5).sha256
+
+
+def test_token_figures_that_changed_or_went_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    append_records(path, [record().with_tokens(figures())])
+    (read,) = read_records(path)
+    (beside,) = (tmp_path / "runs.tokens").iterdir()
+    whole = beside.read_bytes()
+    beside.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(InputError, match="it was changed; restore it"):
+        read_tokens(path, read)
+    torn = TokenFigures(np.zeros(4, np.float32), np.array([3, 2], np.int32))
+    with pytest.raises(InputError, match=r"damaged: \[4\] tokens in windows of 5"):
+        parse_tokens(torn.data, torn.sha256, "here")
+    beside.unlink()
+    with pytest.raises(InputError, match="copy the folder along with the file"):
+        read_tokens(path, read)
+
+
+def test_figures_under_a_foreign_hash_are_refused() -> None:
+    with pytest.raises(ValidationError, match="make such records with `with_tokens`"):
+        ResultRecord(**{**dict(record()), "tokens": figures(), "tokens_sha256": "ab"})
