@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmq.algorithms.statistics import Needs
 from llmq.calibration.hessian import PANEL, Hessian, LinearGroups, inputs_of
+from llmq.errors import SchemeError
 from llmq.ranks import Ranks
 
 Run = Callable[[Tensor], Tensor]
@@ -113,3 +114,29 @@ def gather(
             with inputs_of(watched, see):
                 run(h.float())
         advance(len(h))
+
+
+def input_hessians(linears: dict[str, nn.Linear], run: Run, batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return H = 2/n sum x^T x of each linear of a block, by its name; those that read the same input share the tensor.
+
+    Args:
+        linears: of the block, by name; at least one.
+        run: the block.
+        batches: hidden states [B, T, hidden] before it.
+
+    Raises:
+        SchemeError: a linear does not run, or its inputs are not finite.
+    """
+    groups = find_groups(linears, run, batches[0][:1])
+    silent = linears.keys() - {name for group in groups for name in group}
+    if silent:
+        raise SchemeError(f"{', '.join(sorted(silent))} did not run when the model did; leave it out with --skip.")
+    moments = {group[0]: Moments(Needs.INPUTS) for group in groups}
+    gather(linears, moments, run, [(batch, None) for batch in batches], lambda _: None)
+    found = {}
+    for group in groups:
+        hessian, _ = moments[group[0]].reduce(Ranks())
+        if not torch.isfinite(hessian.diagonal()).all():
+            raise SchemeError(f"the inputs of {', '.join(group)} are not finite; the model is broken already.")
+        found.update(dict.fromkeys(group, hessian))
+    return found

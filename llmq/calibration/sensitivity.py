@@ -13,8 +13,7 @@ as a whole (scales folded into norms, learning of rounding) is left out, for it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,11 +23,11 @@ from torch import Tensor, nn
 from llmq.algorithms.statistics import Needs, Statistics
 from llmq.calibration.activations import BATCH_TOKENS, Activations, activation_dtype
 from llmq.calibration.factors import Factors
-from llmq.calibration.gather import Moments, find_groups, gather
-from llmq.calibration.stages import BlockModel, Stage, block_model, stages_of
+from llmq.calibration.gather import input_hessians
+from llmq.calibration.partial import changed, fqn_of, linears_of, run_from
+from llmq.calibration.stages import BlockModel, block_model, stages_of
 from llmq.errors import SchemeError, UsageError
 from llmq.progress import SILENT, Progress
-from llmq.ranks import Ranks
 from llmq.schemes.apply import decide
 from llmq.schemes.base import ResolvedScheme
 
@@ -131,7 +130,7 @@ class _Measurement:
         self.context = model.context(model.embed(tokens[:1].long()).float())
 
     def run(self, progress: Progress) -> list[LinearSensitivity]:
-        own = [self._linears(stage) for stage in self.stages]
+        own = [linears_of(stage, self.wanted) for stage in self.stages]
         total = sum(map(len, own)) * len(self.question.candidates)
         self.reference = self._reference()
         found: list[LinearSensitivity] = []
@@ -140,14 +139,6 @@ class _Measurement:
                 found += self._stage(index, linears, go)
         return found
 
-    def _linears(self, stage: Stage) -> dict[str, nn.Linear]:
-        """Return the linears of a stage that are to be looked at, by their name inside it."""
-        prefix = f"{stage.prefix}." if stage.prefix else ""
-        found = {
-            decision.fqn.removeprefix(prefix): decision.linear for decision in stage.decisions if decision.fqn in self.wanted
-        }
-        return {name: linear for name, linear in found.items() if linear is not None}
-
     def _stage(self, index: int, linears: dict[str, nn.Linear], go: Callable[[int], None]) -> list[LinearSensitivity]:
         stage = self.stages[index]
 
@@ -155,9 +146,9 @@ class _Measurement:
             return stage.forward(stage.module, h, self.context)
 
         found: list[LinearSensitivity] = []
-        hessians = self._hessians(linears, run)
+        hessians = input_hessians(linears, run, self.states.batches) if self.states is not None and linears else {}
         for name, linear in linears.items():
-            fqn = f"{stage.prefix}.{name}".lstrip(".")
+            fqn = fqn_of(stage, name)
             statistics = self._statistics(fqn, hessians.get(name))
             kl = []
             for candidate in self.question.candidates:
@@ -169,24 +160,6 @@ class _Measurement:
             for states in (self.states, self.held_out):
                 for batch in states.batches if states is not None else ():
                     batch.copy_(run(batch.float()))
-        return found
-
-    def _hessians(self, linears: dict[str, nn.Linear], run: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Return H = 2/n sum x^T x of each linear; those of one input share it."""
-        if self.states is None or not linears:
-            return {}
-        groups = find_groups(linears, run, self.states.batches[0][:1])
-        silent = linears.keys() - {name for group in groups for name in group}
-        if silent:
-            raise SchemeError(f"{', '.join(sorted(silent))} did not run when the model did; leave it out with --skip.")
-        moments = {group[0]: Moments(Needs.INPUTS) for group in groups}
-        gather(linears, moments, run, [(batch, None) for batch in self.states.batches], lambda _: None)
-        found = {}
-        for group in groups:
-            hessian, _ = moments[group[0]].reduce(Ranks())
-            if not torch.isfinite(hessian.diagonal()).all():
-                raise SchemeError(f"the inputs of {', '.join(group)} are not finite; the model is broken already.")
-            found.update(dict.fromkeys(group, hessian))
         return found
 
     def _statistics(self, fqn: str, hessian: Tensor | None) -> Statistics | None:
@@ -207,30 +180,26 @@ class _Measurement:
         if candidate.format.weight.misfit(*original.shape):
             return None
         quantized, _ = candidate.quantize_weight(original, statistics if candidate.needs_calibration else None, fqn)
-        changed = quantized.dequantize().float()
+        weight = quantized.dequantize().float()
         if self.question.method == "fisher":
-            return second_order(changed - original, *self.question.factors_of(fqn))
-        return self._divergence(index, linear, changed)
+            return second_order(weight - original, *self.question.factors_of(fqn))
+        return self._divergence(index, linear, nn.Parameter(weight, requires_grad=False))
 
     def _reference(self) -> list[Tensor]:
         """Return the original model's final hidden states of the held-out windows."""
-        return [self._run_from(0, batch) for batch in self.held_out.batches] if self.held_out is not None else []
+        if self.held_out is None:
+            return []
+        return [run_from(self.stages, 0, batch, self.context) for batch in self.held_out.batches]
 
-    def _run_from(self, index: int, h: Tensor) -> Tensor:
-        for stage in self.stages[index:]:
-            if not stage.is_head:
-                h = stage.forward(stage.module, h, self.context)
-        return h
-
-    def _divergence(self, index: int, linear: nn.Linear, changed: Tensor) -> float:
+    def _divergence(self, index: int, linear: nn.Linear, weight: nn.Parameter) -> float:
         """Return the mean KL from the original model, over the held-out tokens, with one weight changed."""
         assert self.held_out is not None
         head = self.stages[-1]
         total, count = 0.0, 0
         for batch, reference in zip(self.held_out.batches, self.reference, strict=True):
             was = head.forward(head.module, reference, None).log_softmax(-1)
-            with _changed(linear, changed):
-                h = reference if head is self.stages[index] else self._run_from(index, batch)
+            with changed(linear, weight):
+                h = reference if head is self.stages[index] else run_from(self.stages, index, batch, self.context)
                 now = head.forward(head.module, h, None).log_softmax(-1)
             total += float((was.exp() * (was - now)).sum(dtype=torch.float64))
             count += was.shape[0] * was.shape[1]
@@ -246,16 +215,6 @@ def second_order(error: Tensor, input_factor: Tensor, output_factor: Tensor) -> 
         output_factor: H_O [N, N].
     """
     return 0.5 * float(((output_factor @ error) * (error @ input_factor)).sum(dtype=torch.float64))
-
-
-@contextmanager
-def _changed(linear: nn.Linear, weight: Tensor) -> Iterator[None]:
-    original = linear.weight
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    try:
-        yield
-    finally:
-        linear.weight = original
 
 
 def _embedded(model: BlockModel, tokens: Tensor, dtype: torch.dtype) -> Activations:
