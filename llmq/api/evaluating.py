@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llmq.algorithms.report import LayerReport
 from llmq.api.loading import Loaded, Setup, open_model
 from llmq.api.recipes import HEAD, Recipe, linear_fqns
 from llmq.calibration.corpus import TextSource, resolve_text
@@ -24,6 +25,8 @@ from llmq.evaluation.scoring import LanguageModel
 from llmq.evaluation.through_cache import scored_with
 from llmq.files import check_absent
 from llmq.model.kv_cache import AUTO, kv_name
+from llmq.numerics.grid import IntGrid
+from llmq.ops.tensor import QuantizedTensor
 from llmq.ops.usage import record_usage
 from llmq.progress import SILENT, Progress
 from llmq.ranks import join_ranks
@@ -220,17 +223,23 @@ def token_figures(perplexity: PerplexityResult, divergence: DivergenceResult | N
 
 
 def layer_figures(loaded: Loaded) -> dict[str, dict[str, Metric]]:
-    """Return what is known of each quantized linear: noise of the weight, loss and that of rounding to nearest, bits."""
+    """Return what is known of each quantized linear: bits, noise of the weight, loss and that of rounding to nearest."""
+    manifest = loaded.checkpoint.manifest
+    reports = {report.fqn: report for report in loaded.reports or map(LayerReport.from_json, manifest.layers if manifest else ())}
+    noise = {row.fqn: row.sqnr_db for row in loaded.coverage.rows} if loaded.coverage is not None else {}
     found: dict[str, dict[str, Metric]] = {}
-    bits = {row.fqn: row.bits_per_weight for row in loaded.coverage.quantized} if loaded.coverage is not None else {}
-    for report in loaded.reports:
+    for fqn, module in loaded.model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, QuantizedTensor) or not isinstance(weight.format.weight, IntGrid):
+            continue
+        report = reports.get(fqn)
         figures = {
-            "sqnr": (report.sqnr_db, "dB"),
-            "loss": (report.loss, "1"),
-            "rtn_loss": (report.rtn_loss, "1"),
-            "bits_per_weight": (bits.get(report.fqn), "bits"),
+            "bits_per_weight": (weight.format.weight.bits_per_weight(weight.shape[1]), "bits"),
+            "sqnr": (report.sqnr_db if report else noise.get(fqn), "dB"),
+            "loss": (report.loss if report else None, "1"),
+            "rtn_loss": (report.rtn_loss if report else None, "1"),
         }
-        found[report.fqn] = {
+        found[fqn] = {
             name: Metric(value=value, unit=unit)
             for name, (value, unit) in figures.items()
             if value is not None and isfinite(value)
