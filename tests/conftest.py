@@ -9,6 +9,7 @@ from pathlib import Path
 # Two OpenMP threads that spin for each other on a busy machine make a test of tiny models a hundred times slower.
 # It has to be said before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["LLMQ_HISTORY"] = "off"  # nothing is written into the user's own
 
 import pytest
 import torch
