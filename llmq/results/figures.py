@@ -25,13 +25,28 @@ def with_error(value: float, stderr: float | None, *, factor: float = 1.0, unit:
     Raises:
         UsageError: a number is not finite, or the error is negative.
     """
+    body, error, exponent = _rounded(value, stderr, factor)
+    if error is None:
+        return body + unit
+    return f"({body} ± {error})e{exponent}{unit}" if exponent else f"{body} ± {error}{unit}"
+
+
+def apart(value: float, stderr: float | None, *, factor: float = 1.0) -> tuple[str, str]:
+    """Write what `with_error` writes as two texts, such as '2.10e-5' and '0.03e-5'; the error is `ABSENT` where there is none."""
+    body, error, exponent = _rounded(value, stderr, factor)
+    power = f"e{exponent}" if exponent else ""
+    return body + power, ABSENT if error is None else error + power
+
+
+def _rounded(value: float, stderr: float | None, factor: float) -> tuple[str, str | None, int]:
+    """Return value and error times `factor`, as they are written, and the power of ten that both are written in."""
     if not isfinite(value) or (stderr is not None and not (isfinite(stderr) and stderr >= 0)):
         raise UsageError(f"a figure needs a finite value and an error that is not negative, got {value} ± {stderr}.")
     value, error = value * factor, None if stderr is None else stderr * factor
     if error is None:
-        return plain(value) + unit
+        return plain(value), None, 0
     if error == 0:
-        return f"{plain(value)} ± 0{unit}"
+        return plain(value), "0", 0
     exponent = 0
     largest = max(abs(value), error)
     if largest < _SMALLEST_FIXED:
@@ -41,8 +56,7 @@ def with_error(value: float, stderr: float | None, *, factor: float = 1.0, unit:
     if decimals < 0:  # the error is in the tens or more: what is below it is noise
         scale = 10.0**-decimals
         value, error, decimals = round(value / scale) * scale, round(error / scale) * scale, 0
-    body = f"{value + 0.0:.{decimals}f} ± {error:.{decimals}f}"
-    return f"({body})e{exponent}{unit}" if exponent else body + unit
+    return f"{value + 0.0:.{decimals}f}", f"{error:.{decimals}f}", exponent
 
 
 def plain(value: float, significant: int = _SIGNIFICANT) -> str:

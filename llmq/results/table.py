@@ -27,6 +27,18 @@ class Column:
     right: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What a cell says, and the number behind it."""
+
+    text: str
+    value: float | None = None
+    """In the unit of the heading; None where there is no number."""
+    stderr: float | None = None
+    factor: float = 1.0
+    """Of the unit that the text is in, such as 100 for percent."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Plain cells, ready to be drawn: by rich on a terminal, or by `llmq.results.markdown`."""
@@ -37,10 +49,12 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+    cells: tuple[tuple[Cell, ...], ...] = ()
+    """The rows with the numbers behind them, where the table is of records."""
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """The newest record of each kind of one subject."""
 
     label: str
@@ -65,22 +79,23 @@ def comparison_table(records: Sequence[ResultRecord]) -> Table:
     if not usable:
         raise UsageError(f"there is no record of kind {', '.join(KINDS)} to make a table of, among {len(records)} records.")
     check_comparable(usable)
-    rows, superseded = _join(usable)
+    rows, superseded = joined(usable)
     by_word = any(row.metric("perplexity", "word_perplexity") for row in rows)
     cells = [_cells(row, by_word=by_word) | ({} if _one_cache(rows) else _cache_cells(row)) for row in rows]
-    headings = [heading for heading in cells[0] if any(row[heading] != figures.ABSENT for row in cells)]
+    headings = [heading for heading in cells[0] if any(row[heading].text != figures.ABSENT for row in cells)]
     notes = [f"{superseded} older record{'s' if superseded > 1 else ''} of the same measurement left out."] if superseded else []
     notes += _record_notes(rows)
     return Table(
         title=_title(rows),
         header=_header(rows),
         columns=tuple(Column(heading, right=heading != "scheme") for heading in headings),
-        rows=tuple(tuple(row[heading] for heading in headings) for row in cells),
+        rows=tuple(tuple(row[heading].text for heading in headings) for row in cells),
         notes=tuple(notes),
+        cells=tuple(tuple(row[heading] for heading in headings) for row in cells),
     )
 
 
-def _title(rows: Sequence[_Row]) -> str:
+def _title(rows: Sequence[Row]) -> str:
     """Return the model, how many schemes there are, and how many KV caches where there are several."""
     schemes = len({_key(row.subject.model_copy(update={"kv_cache": None})) for row in rows})
     caches = len({_kv_name(row.subject) for row in rows})
@@ -123,8 +138,12 @@ def _machine(record: ResultRecord) -> dict[str, Any]:
     return {"cpu": here.cpu, "device": here.device, "torch": here.packages.get("torch")}
 
 
-def _join(records: Sequence[ResultRecord]) -> tuple[list[_Row], int]:
-    """Return a row for each subject in order of appearance, and how many records gave way to newer ones."""
+def joined(records: Sequence[ResultRecord]) -> tuple[list[Row], int]:
+    """Return a row for each subject in order of appearance, and how many records gave way to newer ones.
+
+    Args:
+        records: that may be compared; see `check_comparable`.
+    """
     newest: dict[str, dict[Kind, ResultRecord]] = {}
     superseded = 0
     for record in records:
@@ -134,7 +153,7 @@ def _join(records: Sequence[ResultRecord]) -> tuple[list[_Row], int]:
         if before is None or record.created_at >= before.created_at:
             of_subject[record.kind] = record
     subjects = [max(found.values(), key=lambda record: record.created_at).subject for found in newest.values()]
-    return [_Row(_label(own, subjects), own, found) for own, found in zip(subjects, newest.values(), strict=True)], superseded
+    return [Row(_label(own, subjects), own, found) for own, found in zip(subjects, newest.values(), strict=True)], superseded
 
 
 def _key(subject: Subject) -> str:
@@ -159,7 +178,7 @@ def _kv_name(subject: Subject) -> str:
     return "unknown" if subject.kv_cache is None else subject.kv_cache.dtype
 
 
-def _one_cache(rows: Sequence[_Row]) -> Cache | None:
+def _one_cache(rows: Sequence[Row]) -> Cache | None:
     """Return the KV cache of all rows, None where they have several or do not say which."""
     first = rows[0].subject.kv_cache
     return first if all(row.subject.kv_cache == first for row in rows) else None
@@ -173,25 +192,26 @@ def cache_in_words(cache: Cache) -> str:
     )
 
 
-def _cache_cells(row: _Row) -> dict[str, str]:
+def _cache_cells(row: Row) -> dict[str, Cell]:
     """Return what the KV cache of one sequence takes: a token, and the model's whole context."""
     cache = row.subject.kv_cache
     return {
-        "KV/token": figures.ABSENT if cache is None else figures.size(cache.bytes_per_token),
-        "KV at limit": figures.ABSENT if cache is None else figures.size(cache.bytes_at_context),
+        "KV/token": _size(None if cache is None else cache.bytes_per_token),
+        "KV at limit": _size(None if cache is None else cache.bytes_at_context),
     }
 
 
-def _cells(row: _Row, *, by_word: bool) -> dict[str, str]:
+def _cells(row: Row, *, by_word: bool) -> dict[str, Cell]:
     """Return the row's cells by heading; the headings are the same for every row."""
     share = row.metric("decode", "bandwidth_share")
     bandwidth = row.metric("decode", "bandwidth_gbps")
-    achieved = figures.ABSENT if bandwidth is None else figures.plain(bandwidth.value, 3)
-    if bandwidth is not None and share is not None:
-        achieved += f" ({share.value:.0%})"
-    bits, nbytes = row.subject.bits_per_weight, row.subject.size_bytes
+    achieved = Cell(figures.ABSENT)
+    if bandwidth is not None:
+        of_machine = "" if share is None else f" ({share.value:.0%})"
+        achieved = Cell(figures.plain(bandwidth.value, 3) + of_machine, bandwidth.value)
+    bits = row.subject.bits_per_weight
     return {
-        "scheme": row.label,
+        "scheme": Cell(row.label),
         **_perplexity(row, by_word=by_word),
         "Δ ln ppl": _figure(row.metric("divergence", "delta_ln_perplexity")),
         "KL (nats/token)": _figure(row.metric("divergence", "kl_mean")),
@@ -199,25 +219,31 @@ def _cells(row: _Row, *, by_word: bool) -> dict[str, str]:
         "prefill tok/s": _figure(row.metric("prefill", "tokens_per_s")),
         "decode tok/s": _figure(row.metric("decode", "tokens_per_s")),
         "GB/s": achieved,
-        "bits/weight": figures.ABSENT if bits is None else f"{bits:.2f}",
-        "size": figures.ABSENT if nbytes is None else figures.size(nbytes),
+        "bits/weight": Cell(figures.ABSENT if bits is None else f"{bits:.2f}", bits),
+        "size": _size(row.subject.size_bytes),
     }
 
 
-def _perplexity(row: _Row, *, by_word: bool) -> dict[str, str]:
+def _perplexity(row: Row, *, by_word: bool) -> dict[str, Cell]:
     """Return the perplexity that the protocol is known for: per word where it is defined, else per token."""
     if by_word:
         return {"word perplexity": _figure(row.metric("perplexity", "word_perplexity"))}
     return {"perplexity": _figure(row.metric("perplexity", "perplexity"))}
 
 
-def _figure(metric: Metric | None, *, percent: bool = False) -> str:
+def _figure(metric: Metric | None, *, percent: bool = False) -> Cell:
     if metric is None:
-        return figures.ABSENT
-    return figures.with_error(metric.value, metric.stderr, factor=100.0 if percent else 1.0, unit=" %" if percent else "")
+        return Cell(figures.ABSENT)
+    factor, unit = (100.0, " %") if percent else (1.0, "")
+    text = figures.with_error(metric.value, metric.stderr, factor=factor, unit=unit)
+    return Cell(text, metric.value, metric.stderr, factor)
 
 
-def _header(rows: Sequence[_Row]) -> dict[str, str]:
+def _size(nbytes: int | None) -> Cell:
+    return Cell(figures.ABSENT) if nbytes is None else Cell(figures.size(nbytes), float(nbytes))
+
+
+def _header(rows: Sequence[Row]) -> dict[str, str]:
     """Return what holds for all rows, in words; only what was measured is mentioned."""
     records = [record for row in rows for record in row.records.values()]
     first = records[0]
@@ -265,7 +291,7 @@ def _parameters(params: Mapping[str, Any]) -> str:
     )
 
 
-def _kernels(row: _Row) -> str:
+def _kernels(row: Row) -> str:
     """Return the kernels that ran, decode's where it was measured."""
     order: tuple[Kind, ...] = ("decode", "prefill", "perplexity", "divergence")
     for kind in order:
@@ -274,7 +300,7 @@ def _kernels(row: _Row) -> str:
     return ""
 
 
-def _record_notes(rows: Sequence[_Row]) -> list[str]:
+def _record_notes(rows: Sequence[Row]) -> list[str]:
     """Return the records' own notes, each once, with the rows they hold for unless they hold for all."""
     holders: dict[str, list[str]] = {}
     for row in rows:
