@@ -97,7 +97,7 @@ def comparison_table(records: Sequence[ResultRecord]) -> Table:
 
 def _title(rows: Sequence[Row]) -> str:
     """Return the model, how many schemes there are, and how many KV caches where there are several."""
-    schemes = len({_key(row.subject.model_copy(update={"kv_cache": None})) for row in rows})
+    schemes = len({subject_key(row.subject.model_copy(update={"kv_cache": None})) for row in rows})
     caches = len({_kv_name(row.subject) for row in rows})
     title = f"{rows[0].subject.model}: {schemes} scheme{'s' if schemes != 1 else ''}"
     return title if caches == 1 else f"{title}, {caches} KV caches"
@@ -147,20 +147,21 @@ def joined(records: Sequence[ResultRecord]) -> tuple[list[Row], int]:
     newest: dict[str, dict[Kind, ResultRecord]] = {}
     superseded = 0
     for record in records:
-        of_subject = newest.setdefault(_key(record.subject), {})
+        of_subject = newest.setdefault(subject_key(record.subject), {})
         before = of_subject.get(record.kind)
         superseded += before is not None
         if before is None or record.created_at >= before.created_at:
             of_subject[record.kind] = record
     subjects = [max(found.values(), key=lambda record: record.created_at).subject for found in newest.values()]
-    return [Row(_label(own, subjects), own, found) for own, found in zip(subjects, newest.values(), strict=True)], superseded
+    return [Row(subject_label(own, subjects), own, found) for own, found in zip(subjects, newest.values(), strict=True)], superseded
 
 
-def _key(subject: Subject) -> str:
+def subject_key(subject: Subject) -> str:
+    """Return what makes two measurements of one model a pair: scheme, options and the dtype of the KV cache."""
     return json.dumps([subject.scheme, subject.options, subject.kv_cache and subject.kv_cache.dtype], sort_keys=True)
 
 
-def _label(subject: Subject, all_subjects: Sequence[Subject]) -> str:
+def subject_label(subject: Subject, all_subjects: Sequence[Subject]) -> str:
     """Return the scheme, those of its options that tell it from other rows, and the KV cache where there is more than one."""
     namesakes = [other.options for other in all_subjects if other.scheme == subject.scheme]
     shown = [
