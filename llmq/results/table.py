@@ -103,26 +103,51 @@ def _title(rows: Sequence[Row]) -> str:
     return title if caches == 1 else f"{title}, {caches} KV caches"
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first field in which two records differ that would have to agree for them to be compared."""
+
+    field: str
+    values: tuple[Any, Any]
+    schemes: tuple[str, str]
+    kind: str = ""
+    """Of the records; empty for a field that records of all kinds have to agree in."""
+
+
 def check_comparable(records: Sequence[ResultRecord]) -> None:
     """Raise UsageError when records must not stand in one table; see `comparison_table`."""
-    _check_equal(records, "", lambda record: {name: getattr(record.subject, name) for name in ("model", "checkpoint_sha256")})
+    found = first_difference(records)
+    if found is not None:
+        raise UsageError(
+            f"{found.kind}{' ' if found.kind else ''}records of {found.field} {found.values[0]!r} ({found.schemes[0]}) and "
+            f"{found.values[1]!r} ({found.schemes[1]}) cannot share a table; choose records that agree in {found.field}."
+        )
+
+
+def first_difference(records: Sequence[ResultRecord]) -> Difference | None:
+    """Return why records must not stand in one table, None where they may."""
     tokenized = [record for record in records if record.subject.tokenizer_sha256 is not None]
-    _check_equal(tokenized, "", lambda record: {"tokenizer_sha256": record.subject.tokenizer_sha256})
-    _check_equal(records, "", _machine)
-    for kind in KINDS:
+    found = (
+        _unequal(records, "", lambda record: {name: getattr(record.subject, name) for name in ("model", "checkpoint_sha256")})
+        or _unequal(tokenized, "", lambda record: {"tokenizer_sha256": record.subject.tokenizer_sha256})
+        or _unequal(records, "", _machine)
+    )
+    for kind in dict.fromkeys(record.kind for record in records) if found is None else ():
         alike = [record for record in records if record.kind == kind]
-        _check_equal(alike, f"{kind} ", lambda record: record.protocol.model_dump() | {"threads": record.environment.threads})
+        found = found or _unequal(alike, kind, _protocol)
+    return found
 
 
-def _check_equal(records: Sequence[ResultRecord], what: str, fields_of: Callable[[ResultRecord], Mapping[str, Any]]) -> None:
+def _unequal(
+    records: Sequence[ResultRecord], kind: str, fields_of: Callable[[ResultRecord], Mapping[str, Any]]
+) -> Difference | None:
     for record in records[1:]:
         first, other = dict(_flat(fields_of(records[0]))), dict(_flat(fields_of(record)))
         for name in [*first, *(name for name in other if name not in first)]:
             if first.get(name) != other.get(name):
-                raise UsageError(
-                    f"{what}records of {name} {first.get(name)!r} ({records[0].subject.scheme}) and {other.get(name)!r} "
-                    f"({record.subject.scheme}) cannot share a table; choose records that agree in {name}."
-                )
+                schemes = (records[0].subject.scheme, record.subject.scheme)
+                return Difference(name, (first.get(name), other.get(name)), schemes, kind)
+    return None
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -131,6 +156,10 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, "" if key == "params" else f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _protocol(record: ResultRecord) -> dict[str, Any]:
+    return record.protocol.model_dump() | {"threads": record.environment.threads}
 
 
 def _machine(record: ResultRecord) -> dict[str, Any]:
@@ -153,7 +182,9 @@ def joined(records: Sequence[ResultRecord]) -> tuple[list[Row], int]:
         if before is None or record.created_at >= before.created_at:
             of_subject[record.kind] = record
     subjects = [max(found.values(), key=lambda record: record.created_at).subject for found in newest.values()]
-    return [Row(subject_label(own, subjects), own, found) for own, found in zip(subjects, newest.values(), strict=True)], superseded
+    return [
+        Row(subject_label(own, subjects), own, found) for own, found in zip(subjects, newest.values(), strict=True)
+    ], superseded
 
 
 def subject_key(subject: Subject) -> str:
