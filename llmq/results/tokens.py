@@ -13,7 +13,8 @@ from safetensors.numpy import load, save
 
 from llmq.errors import InputError
 
-_FORMAT = {"format": "llmq-token-figures", "version": "1"}
+_FORMAT = {"format": "llmq-token-figures, version 1"}
+"""One entry alone: safetensors writes several in an order of chance, and the same figures would have several hashes."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -198,7 +198,8 @@ def test_token_figures_lie_beside_the_file(tmp_path: Path) -> None:
         tokens = read_tokens(path, found)
         for name in ("nll", "window_sizes", "kl", "same_top"):
             np.testing.assert_array_equal(getattr(tokens, name), getattr(given.tokens, name), strict=True)
-    assert figures().sha256 == figures().sha256 != figures(0.5).sha256
+    assert len({figures().sha256 for _ in range(20)}) == 1
+    assert figures().sha256 != figures(0.5).sha256
 
 
 def test_token_figures_that_changed_or_went_are_refused(tmp_path: Path) -> None:
