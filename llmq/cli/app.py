@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmq import __version__
-from llmq.cli import processes
+from llmq.cli import invocation, processes
 from llmq.errors import LlmqError
 
 EXIT_CODES = (
@@ -23,8 +23,17 @@ EXIT_CODES = (
 _CLICK_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
+_ARGUMENTS = "llmq.arguments"
+"""Where the context keeps the whole command line."""
+
+
 class ErrorHandlingGroup(TyperGroup):
     """Ends every command with one sentence and a fitting exit code; `--debug` lets the traceback through."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Remember the arguments before they are taken apart."""
+        ctx.meta[_ARGUMENTS] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; translate what it raises."""
@@ -67,6 +76,7 @@ app = typer.Typer(
 )
 eval_app = typer.Typer(no_args_is_help=True, help="Measure quality: perplexity, divergence from the original, lm-eval tasks.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed: tokens/s, memory bandwidth, single kernels.")
+history_app = typer.Typer(no_args_is_help=True, help="Look at past runs, plot, export, import and delete them.")
 report_app = typer.Typer(no_args_is_help=True, help="Make tables from stored records.")
 
 
@@ -78,20 +88,32 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    ctx: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
+    history: Annotated[
+        str | None,
+        typer.Option(
+            "--history",
+            metavar="FILE|off",
+            help="Where runs are kept; default: LLMQ_HISTORY, else history.db in your folder for data.",
+        ),
+    ] = None,
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Which quantization of a Llama checkpoint to ship, and what it costs.
 
     Start with `llmq demo`, then `llmq compare MODEL`.
     """
+    ctx.with_resource(invocation.running(ctx.meta[_ARGUMENTS], history))
 
 
 # Importing a command's module registers it; none of them imports torch before it runs.
-from llmq.cli import bench, compare, evaluate, inspect, mixing, plan, quantize, report, system  # noqa: E402
+from llmq.cli import bench, compare, evaluate, history, inspect, mixing, plan, quantize, report, system  # noqa: E402
 
-app.add_typer(eval_app, name="eval")
-app.add_typer(bench_app, name="bench")
-app.add_typer(report_app, name="report")
-for register in (compare, quantize, mixing, plan, inspect, evaluate, bench, report, system):
-    register.register(app, {"eval": eval_app, "bench": bench_app, "report": report_app}.get(register.GROUP, app))
+_GROUPS = {"eval": eval_app, "bench": bench_app, "report": report_app, "history": history_app}
+for name, group in _GROUPS.items():
+    app.add_typer(group, name=name)
+for register in (compare, quantize, mixing, plan, inspect, evaluate, bench, report, history, system):
+    register.register(app, _GROUPS.get(register.GROUP, app))

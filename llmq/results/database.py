@@ -91,9 +91,11 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     """Bring the layout up to date, in one transaction."""
-    if _version(connection, path) == len(MIGRATIONS):
+    version = _version(connection, path)
+    if version == len(MIGRATIONS):
         return
-    connection.execute("PRAGMA auto_vacuum = FULL")  # what is deleted gives its space back; heard by an empty file only
+    if version == 0:
+        connection.execute("PRAGMA auto_vacuum = FULL")  # what is deleted gives its space back
     with transaction(connection):
         for statements in MIGRATIONS[_version(connection, path) :]:  # asked again: another process may have been first
             for statement in statements:

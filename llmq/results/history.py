@@ -123,6 +123,11 @@ class History:
         run = uuid4().hex
         with transaction(self._connection):
             holders = [self._holder(record) for record in records]
+            for tokens in (
+                record.tokens for record in records if record.tokens is not None
+            ):  # also of records that had lost them
+                values = (tokens.sha256, tokens.data)
+                self._connection.execute("INSERT OR IGNORE INTO tokens (sha256, data) VALUES (?, ?)", values)
             new = [index for index, holder in enumerate(holders) if holder is None]
             if not new:
                 return Saved(holders[0] if len(set(holders)) == 1 else None, 0, len(records))
@@ -200,10 +205,12 @@ class History:
         row = self._connection.execute("SELECT run_id FROM records WHERE id = ?", (record.id,)).fetchone()
         return None if row is None else str(row[0])
 
-    def _insert(self, run: str, position: int, record: ResultRecord, line: str) -> None:
-        if record.tokens is not None:
-            values = (record.tokens.sha256, record.tokens.data)
+    def _put_tokens(self, records: Sequence[ResultRecord]) -> None:
+        for tokens in (record.tokens for record in records if record.tokens is not None):
+            values = (tokens.sha256, tokens.data)
             self._connection.execute("INSERT OR IGNORE INTO tokens (sha256, data) VALUES (?, ?)", values)
+
+    def _insert(self, run: str, position: int, record: ResultRecord, line: str) -> None:
         columns = "id, run_id, position, kind, scheme, model, created_at, tokens_sha256, json"
         subject, moment = record.subject, record.created_at.astimezone(UTC).isoformat()
         row = (record.id, run, position, record.kind, subject.scheme, subject.model, moment, record.tokens_sha256, line)

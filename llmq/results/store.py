@@ -34,8 +34,7 @@ def append_records(path: Path, records: Sequence[ResultRecord]) -> None:
     lines = [to_json_line(record) for record in records]
     if not lines:
         return
-    for tokens in {record.tokens.sha256: record.tokens for record in records if record.tokens is not None}.values():
-        _put_tokens(tokens_path(path, tokens.sha256), tokens)
+    put_tokens(path, records)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -72,6 +71,20 @@ def read_many(paths: Iterable[Path]) -> list[ResultRecord]:
 def tokens_path(path: Path, sha256: str) -> Path:
     """Return where the token figures of that hash lie for a file of records."""
     return path.with_suffix(".tokens") / f"{sha256[:32]}.safetensors"
+
+
+def put_tokens(path: Path, records: Sequence[ResultRecord]) -> None:
+    """Write the token figures that records hold beside a file of records, each that is not there yet.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    for tokens in {record.tokens.sha256: record.tokens for record in records if record.tokens is not None}.values():
+        beside = tokens_path(path, tokens.sha256)
+        if beside.is_file() and beside.read_bytes() == tokens.data:
+            continue
+        with atomic_path(beside, force=True) as temporary:
+            temporary.write_bytes(tokens.data)
 
 
 def read_tokens(path: Path, record: ResultRecord) -> TokenFigures | None:
@@ -138,13 +151,6 @@ def to_json_line(record: ResultRecord) -> str:
         reason = f"metric {odd[0]} is {record.metrics[odd[0]].value}" if odd else "it holds something that JSON cannot hold"
         raise OutputError(f"a {record.kind} record of {record.subject.scheme} cannot be stored: {reason}.")
     return line
-
-
-def _put_tokens(path: Path, tokens: TokenFigures) -> None:
-    if path.is_file() and path.read_bytes() == tokens.data:
-        return
-    with atomic_path(path, force=True) as temporary:
-        temporary.write_bytes(tokens.data)
 
 
 def _append_locked(descriptor: int, data: bytes) -> None:

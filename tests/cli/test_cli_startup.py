@@ -31,8 +31,15 @@ COMMANDS = [
     ["bench", "bandwidth"],
     ["bench", "kernels"],
     ["report", "table"],
+    ["history", "list"],
+    ["history", "show"],
+    ["history", "plot"],
+    ["history", "export"],
+    ["history", "import"],
+    ["history", "note"],
+    ["history", "delete"],
 ]
-HEAVY = {"torch", "numpy", "datasets", "lm_eval", "transformers", "sentencepiece", "tokenizers"}
+HEAVY = {"torch", "numpy", "datasets", "lm_eval", "transformers", "sentencepiece", "tokenizers", "matplotlib", "sqlite3"}
 
 
 def loaded_modules(code: str) -> set[str]:

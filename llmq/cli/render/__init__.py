@@ -2,6 +2,7 @@
 
 from llmq.cli.render.console import records_or_json, reporting, save_records
 from llmq.cli.render.facts import calibration_set, description, environment, kernels, plan, quantized, schemes, stream
+from llmq.cli.render.history import done, exported, imported, plotted, run_list, stored_run
 from llmq.cli.render.mixing import mixture, sensitivities
 from llmq.cli.render.tables import (
     bandwidth,
@@ -22,19 +23,25 @@ __all__ = [
     "demo_closing",
     "demo_opening",
     "description",
+    "done",
     "environment",
     "evaluation",
+    "exported",
+    "imported",
     "kernel_speeds",
     "kernels",
     "mixture",
     "plan",
+    "plotted",
     "quantized",
     "records_or_json",
     "reporting",
+    "run_list",
     "save_records",
     "schemes",
     "sensitivities",
     "speed",
+    "stored_run",
     "stored_table",
     "stream",
     "task_results",

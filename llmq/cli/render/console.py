@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichBar
 from rich.table import Table
 
+from llmq.cli import invocation
+from llmq.errors import LlmqError
 from llmq.progress import Progress
 
 if TYPE_CHECKING:
@@ -117,13 +119,32 @@ def grid(columns: list[tuple[str, str]], rows: list[list[str]]) -> Table:
 
 
 def save_records(records: list[ResultRecord], path: Path | None) -> None:
-    """Append the records to a JSONL file when one is named."""
+    """Keep the records as one run of history, and append them to a JSONL file when one is named."""
+    _keep(records)
     if path is None:
         return
     from llmq.results.store import append_records
 
     append_records(path, records)
     stderr().print(f"  {len(records)} record{'s' if len(records) != 1 else ''} appended to {path}", soft_wrap=True)
+
+
+def _keep(records: list[ResultRecord]) -> None:
+    """Put the records into history, unless it is off; where that fails, the result is shown all the same."""
+    from llmq.results.history import SHORT, history_path, open_history
+
+    path = history_path()
+    if path is None or not records:
+        return
+    try:
+        with open_history(path, create=True) as history:
+            saved = history.save(records, command=invocation.command())
+    except LlmqError as error:
+        stderr().print(f"  note: this run was not kept in history: {error}", markup=False, soft_wrap=True)
+        return
+    if saved.run is not None:
+        before = "" if saved.added else " already"
+        stderr().print(f"[dim]  run {saved.run[:SHORT]} is{before} in history[/dim]", soft_wrap=True)
 
 
 def print_json(data: object) -> None:

@@ -1,0 +1,51 @@
+"""Records that nobody measured."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+
+from llmq.results.record import Environment, Kind, Metric, Protocol, ResultRecord, Subject
+from llmq.results.tokens import TokenFigures
+
+START = datetime(2026, 1, 1, 12, tzinfo=UTC)
+HERE = Environment(
+    llmq="0.1.0",
+    python="3.11.7",
+    packages={"torch": "2.13.0"},
+    platform="Linux",
+    cpu="a CPU",
+    cpu_features=["avx2"],
+    cores=2,
+    threads=2,
+    device="cpu",
+    memory_bytes=1,
+)
+
+
+def made(
+    scheme: str = "int4",
+    value: float = 5.0,
+    *,
+    kind: Kind = "perplexity",
+    metric: str = "perplexity",
+    day: int = 0,
+    model: str = "tiny",
+    params: dict[str, Any] | None = None,
+) -> ResultRecord:
+    """One record with one metric, `day` days after `START`."""
+    return ResultRecord(
+        created_at=START + timedelta(days=day),
+        kind=kind,
+        subject=Subject(model=model, checkpoint_sha256="ab", scheme=scheme, options={}, bits_per_weight=4.5, size_bytes=100),
+        protocol=Protocol(name="windows", version=1, params={"window": 256} if params is None else params),
+        metrics={metric: Metric(value=value, unit="1", stderr=0.25)},
+        environment=HERE,
+    )
+
+
+def tokens(n: int = 8, seed: int = 0) -> TokenFigures:
+    """Figures of n tokens in one window."""
+    return TokenFigures(np.random.default_rng(seed).random(n, np.float32), np.array([n], np.int32))
