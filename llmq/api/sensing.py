@@ -169,6 +169,12 @@ def _on_grid_of(candidate: ResolvedScheme, base: ResolvedScheme, suffix: str | N
     return resolve(name, {**rest, **grid})
 
 
+def has_relatives(scheme: ResolvedScheme) -> bool:
+    """Whether there are schemes of other bits by the same algorithm, among which `default_candidates` can choose."""
+    family = _family_of(scheme)
+    return family is not None and any(f"int{bits}{family[2] or ''}" in scheme_names() for bits in BITS)
+
+
 def _family_of(scheme: ResolvedScheme) -> re.Match[str] | None:
     """Match the name of a scheme on integers in groups: its bits, and the algorithm with a dash before it."""
     return _FAMILY.fullmatch(scheme.name) if "group_size" in type(scheme.options).model_fields else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmq.calibration.corpus import TextSource
-from llmq.errors import OutputError, UsageError
+from llmq.errors import OutputError, TextError, UsageError
 from llmq.evaluation.perplexity import PerplexityResult, Plan, check_plan, dtype_name, plan_evaluation, summarize
 from llmq.evaluation.protocols import PerplexityProtocol, Window
 from llmq.evaluation.scoring import Batching, LanguageModel, Slab, batches, slab_rows, slabs, token_losses
@@ -58,6 +58,7 @@ class ReferenceLogits:
         *,
         batching: Batching | None = None,
         budget_bytes: int = DEFAULT_BUDGET,
+        skip: int = 0,
     ) -> None:
         """Plan the evaluation; nothing runs yet.
 
@@ -68,13 +69,17 @@ class ReferenceLogits:
             protocol: how.
             batching: how much is computed at once, for the reference and for all candidates.
             budget_bytes: most bytes of temporary disk space; 0 keeps nothing, which is best when there is one candidate only.
+            skip: windows at the start of the text that are left out, because something was chosen by them already.
 
         Raises:
-            TextError: the text is too short for one window.
+            TextError: the text is too short for one window, or for one more than are left out.
             UsageError: the windows are longer than the model's context.
             TokenizerError: the tokenizer does not fit the model.
         """
-        self.plan: Plan = plan_evaluation(tokenizer, text, protocol)
+        plan = plan_evaluation(tokenizer, text, protocol)
+        if skip >= len(plan.windows):
+            raise TextError(f"text {text.name} has {len(plan.windows)} windows, and {skip} of them are left out; take fewer.")
+        self.plan: Plan = replace(plan, windows=plan.windows[skip:])
         check_plan(self.plan, model)
         self.vocabulary = model.config.vocab_size
         self._model: LanguageModel | None = model
