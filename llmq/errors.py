@@ -11,6 +11,7 @@
     ├── KernelError                  exit 5   a kernel that was asked for cannot run here
     ├── OutputError                  exit 6   the output exists, or cannot be written
     ├── PeerError                    exit 7   another process of several has ended
+    ├── GateError                    exit 3   `llmq report diff` or `llmq ci` could not run; their 1 and 2 are verdicts
     └── Interrupted                  exit 130 the user stopped it; says what is kept and how to go on
 
 A message is one sentence that says what is wrong, what was got, what is allowed and what to do about it.
@@ -77,6 +78,12 @@ class PeerError(LlmqError):
     """Another process of several has ended, and this one cannot go on alone."""
 
     exit_code = 7
+
+
+class GateError(LlmqError):
+    """A gate could not run. Its exit code is that of any reason, because its 1 and 2 are verdicts."""
+
+    exit_code = 3
 
 
 class Interrupted(LlmqError):  # noqa: N818 - what happened, and no fault

@@ -110,10 +110,10 @@ def _root(
 
 
 # Importing a command's module registers it; none of them imports torch before it runs.
-from llmq.cli import bench, compare, evaluate, history, inspect, mixing, plan, quantize, report, system  # noqa: E402
+from llmq.cli import bench, compare, diff, evaluate, history, inspect, layers, mixing, plan, quantize, report, system  # noqa: E402
 
 _GROUPS = {"eval": eval_app, "bench": bench_app, "report": report_app, "history": history_app}
 for name, group in _GROUPS.items():
     app.add_typer(group, name=name)
-for register in (compare, quantize, mixing, plan, inspect, evaluate, bench, report, history, system):
+for register in (compare, quantize, mixing, plan, inspect, evaluate, layers, bench, report, diff, history, system):
     register.register(app, _GROUPS.get(register.GROUP, app))

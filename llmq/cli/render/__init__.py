@@ -1,8 +1,10 @@
 """Everything that llmq prints."""
 
 from llmq.cli.render.console import records_or_json, reporting, save_records
+from llmq.cli.render.diff import diff
 from llmq.cli.render.facts import calibration_set, description, environment, kernels, plan, quantized, schemes, stream
 from llmq.cli.render.history import done, exported, imported, plotted, run_list, stored_run
+from llmq.cli.render.layers import explanation
 from llmq.cli.render.mixing import mixture, sensitivities
 from llmq.cli.render.tables import (
     bandwidth,
@@ -23,9 +25,11 @@ __all__ = [
     "demo_closing",
     "demo_opening",
     "description",
+    "diff",
     "done",
     "environment",
     "evaluation",
+    "explanation",
     "exported",
     "imported",
     "kernel_speeds",
