@@ -113,12 +113,14 @@ class Explanation:
         linears: the quantized linears, in the model's order.
         picks: the best overrides first.
         verification: of all picks together; None: there are none.
+        sought: whether overrides were looked for.
     """
 
     record: ResultRecord
     linears: tuple[LinearLoss, ...]
     picks: tuple[Pick, ...] = ()
     verification: Verification | None = None
+    sought: bool = True
 
 
 @dataclass
@@ -133,6 +135,7 @@ class Found:
     verification: Verification | None
     kernels: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    sought: bool = True
 
 
 def explanation_of(found: Found) -> Explanation:
@@ -172,7 +175,7 @@ def explanation_of(found: Found) -> Explanation:
         notes=[*found.notes, *(f"pick {number}: {pick.argument}" for number, pick in enumerate(found.picks, start=1))],
         details=Details(layers=layers),
     )
-    return Explanation(record, found.linears, found.picks, found.verification)
+    return Explanation(record, found.linears, found.picks, found.verification, found.sought)
 
 
 def _changes(name: str, change: Change) -> dict[str, Metric]:

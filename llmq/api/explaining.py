@@ -105,12 +105,12 @@ def explain_layers(
 class _Work:
     def __init__(self, pair: Pair, text: TextSource, request: LayersRequest, progress: Progress) -> None:
         self.pair, self.text, self.request, self.progress = pair, text, request, progress
-        self.model, self.original = pair.model.model, pair.original.model
+        self.model, self.original, self.twin = pair.model.model, pair.original.model, pair.twin.model
         base, overrides = schemes_of(pair.model)
         self.own = dict.fromkeys(pair.linears, base) | assign_overrides(overrides, pair.linears)
         self.candidates = settle_candidates(request.candidates, base) if request.top else Candidates(())
         folded = any(scheme.prepares for scheme in self.own.values())
-        self.originals = originals_of(self.model, self.original, pair.linears, folded=folded)
+        self.originals = originals_of(self.model, self.twin, pair.linears, folded=folded)
         self.notes = list(pair.notes)
         if folded:
             self.notes.append(
@@ -136,8 +136,9 @@ class _Work:
             alone = self._alone(measure, reference)
             linears, picks = self._walk(reference, calibration, costs, alone)
             verification = self._verify(picks, before, measure, (first.limit or 0, both)) if picks else None
-        found = Found(self.pair.model, self.pair.original, before, linears, picks, verification, usage.linears(), self.notes)
-        return explanation_of(found)
+        measured = (before, linears, picks, verification)
+        sought = self.request.top > 0
+        return explanation_of(Found(self.pair.model, self.pair.original, *measured, usage.linears(), self.notes, sought))
 
     def _protocols(self) -> tuple[PerplexityProtocol, PerplexityProtocol]:
         """Return the protocol that losses are measured by, and the one with as many windows again, as far as there are any."""
@@ -183,10 +184,10 @@ class _Work:
         alone: dict[str, Change],
     ) -> tuple[tuple[LinearLoss, ...], tuple[Pick, ...]]:
         """Look at each linear's weight, and at what candidates would make of it."""
-        other = None if calibration is None else Resumed(self.original, _batches(calibration))
+        other = None if calibration is None else Resumed(self.twin, _batches(calibration))
         linears: list[LinearLoss] = []
         picks: list[Pick] = []
-        walk = linear_inputs(Resumed(self.original, reference.batches), other, self.originals, self._roundings)
+        walk = linear_inputs(Resumed(self.twin, reference.batches), other, self.originals, self._roundings)
         with self.progress.task("errors and candidates", len(self.originals)) as advance:
             for fqn, inputs in walk:
                 quantized = _quantized(self.model, fqn)

@@ -29,12 +29,14 @@ class Pair:
     Attributes:
         model: the quantized one.
         original: what it was made from.
+        twin: the original in the quantized model's coordinates: the same function, rotated as that was; else the original itself.
         linears: names of the linears on an integer grid, in the model's order; at least one.
         notes: what a reader of any comparison has to know.
     """
 
     model: Loaded
     original: Loaded
+    twin: Loaded
     linears: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
@@ -82,7 +84,7 @@ def open_pair(path: str, recipe: Recipe | None, setup: Setup, reference: str | N
     source = checkpoint.manifest.source if checkpoint.manifest is not None else {}
     if source and source.get("sha256") != other.sha256:
         notes.append(f"{path} says that it was made from another checkpoint than {reference} ({source.get('name')})")
-    return Pair(model, original, linears, tuple(notes))
+    return Pair(model, original, original, linears, tuple(notes))
 
 
 def check_shapes(path: str, checkpoint: Checkpoint, reference: str, other: Checkpoint) -> None:
