@@ -72,7 +72,7 @@ class _State:
         numbers = numbers_of(codes, grid, scale, zero_point, dtype)
         self.codes = codes.t()[order].to(dtype)
         self.numbers = numbers.t()[order].contiguous()
-        self.inputs = metric.inputs.to(dtype)[order][:, order]
+        self.order, self.inputs = order, metric.inputs
         self.outputs = None if metric.outputs is None else metric.outputs.to(dtype).contiguous()
         error = target.t()[order] - self.numbers
         # E^T without H_O, (H_O E)^T with it: what has only to be multiplied by H_I to be the gradient
@@ -81,19 +81,22 @@ class _State:
 
     def block(self, start: int, stop: int) -> None:
         """Visit the columns from `start` to `stop`."""
-        gradient = self.inputs[start:stop] @ self.error  # [block, N]
+        # a block's rows of H_I in this order, so that no other copy of it is needed
+        rows = self.inputs.index_select(0, self.order[start:stop]).to(self.error.dtype).index_select(1, self.order)
+        gradient = rows @ self.error  # [block, N]
         moves = torch.zeros_like(gradient)  # by how much H_O times a column's numbers changed
-        curvature = self.inputs.diagonal().tolist()
-        for column in range(start, stop):
-            p = gradient[column - start]
-            if column > start:
-                p -= self.inputs[start:column, column] @ moves[: column - start]
-            if curvature[column] <= 0:
+        own = rows[:, start:stop].contiguous()
+        curvatures = own.diagonal().tolist()
+        for inside, curvature in enumerate(curvatures):
+            p = gradient[inside]
+            if inside:
+                p -= own[:inside, inside] @ moves[:inside]
+            if curvature <= 0:
                 continue
             if self.outputs is None:
-                moves[column - start] = self._move(column, p, curvature[column])
+                moves[inside] = self._move(start + inside, p, curvature)
             else:
-                moves[column - start] = self._move_coupled(column, p, curvature[column], self.outputs)
+                moves[inside] = self._move_coupled(start + inside, p, curvature, self.outputs)
         self.error[start:stop] -= moves
 
     def _move(self, column: int, p: Tensor, curvature: float) -> Tensor:

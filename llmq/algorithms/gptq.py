@@ -17,6 +17,7 @@ they are taken by falling diagonal of H.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ DAMPING_STEPS = 4
 """How often damping is tried, ten times more each time, before round to nearest is taken."""
 
 PANEL_ROWS = 512
-"""Rows of a matrix [K, K] that are copied at a time."""
+"""Rows of a matrix [K, K] that are copied or factorised at a time."""
 
 PANEL = 16
 """Columns that are updated by matrix-vector products before a matrix product brings the block up to date."""
@@ -154,8 +155,9 @@ def gptq(
         report = GptqReport(loss, loss, tried[-1], tried, dead, n, fallback)
         return QuantizedWeight.from_codes(grid, rtn_codes, scale, zero_point), report
 
-    columns = _Columns(original, rtn_codes, grid, scale, zero_point, factor.order)
-    codes, losses, rtn_losses = _sweep(columns, factor, options.block_size)
+    columns = _Columns(original, grid, (scale, zero_point), factor.order, rtn_codes)
+    losses, rtn_losses = _sweep(columns, factor, options.block_size)
+    codes = columns.codes_in_place()
     keep_rtn = losses > rtn_losses
     codes[keep_rtn] = rtn_codes[keep_rtn]
     report = GptqReport(
@@ -190,20 +192,39 @@ def factorise(hessian: Tensor, options: GptqOptions) -> Factorised:
         tried.append(options.damping * 10**step if options.damping > 0 else 0.0 if step == 0 else 0.001 * 10**step)
         added = torch.full_like(diagonal, tried[-1] * live_mean)
         added[dead] = live_mean  # a dead row and column are zero: any pivot leaves the column to itself
-        # with 11,008 inputs each of these matrices takes 1 GB: two are there at a time, and the rest goes by panels
+        # with 11,008 inputs this matrix takes 1 GB: it is there once, and the rest goes by panels
         matrix = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
         for rows, panel in zip(torch.split(backwards, PANEL_ROWS), torch.split(matrix, PANEL_ROWS), strict=True):
             panel.copy_(hessian.index_select(0, rows).index_select(1, backwards))
         matrix.diagonal().add_(added[backwards])
-        lower, info = torch.linalg.cholesky_ex(matrix)
-        del matrix
-        pivots = torch.diagonal(lower).clone()
-        if int(info) == 0 and bool((torch.isfinite(pivots) & (pivots > 0)).all()):
+        if _cholesky_(matrix):
+            pivots = torch.diagonal(matrix).clone()
             unit = torch.empty(hessian.shape, dtype=hessian.dtype, device=hessian.device)
-            for panel, out in zip(torch.split(lower.div_(pivots), PANEL_ROWS), _from_below(unit), strict=True):
-                out.copy_(panel.flip(0, 1))
+            start = 0
+            for panel, out in zip(torch.split(matrix, PANEL_ROWS), _from_below(unit), strict=True):
+                out.copy_(panel.tril(start).div_(pivots).flip(0, 1))
+                start += len(panel)
             return Factor(order, unit, pivots.square().flip(0), added[order], tried[-1]), tuple(tried)
     return None, tuple(tried)
+
+
+def _cholesky_(matrix: Tensor) -> bool:
+    """Replace the lower triangle of a symmetric matrix [K, K] by its Cholesky factor, in place; what is above it is left.
+
+    torch's own keeps the matrix beside its factor. Returns False when the matrix is not positive definite.
+    """
+    for start in range(0, len(matrix), PANEL_ROWS):
+        own = slice(start, min(start + PANEL_ROWS, len(matrix)))
+        # a column of panels at a time: what the columns before it make of it, its block on the diagonal, the rows below that
+        matrix[start:, own].addmm_(matrix[start:, :start], matrix[own, :start].t(), alpha=-1)
+        lower, info = torch.linalg.cholesky_ex(matrix[own, own])
+        pivots = lower.diagonal()
+        if int(info) != 0 or not bool((torch.isfinite(pivots) & (pivots > 0)).all()):
+            return False
+        matrix[own, own] = lower
+        below = matrix[own.stop :, own]
+        below.copy_(torch.linalg.solve_triangular(lower.t(), below, upper=True, left=False))
+    return True
 
 
 def _from_below(matrix: Tensor) -> list[Tensor]:
@@ -212,21 +233,46 @@ def _from_below(matrix: Tensor) -> list[Tensor]:
     return [matrix[max(0, end - PANEL_ROWS) : end] for end in ends]
 
 
+def feed_back(target: Tensor, scales: tuple[Tensor, Tensor | None], grid: IntGrid, factor: Factor, block_size: int) -> Tensor:
+    """Return GPTQ's codes [N, K] for a weight [N, K] fp32 or fp64, whether or not they are better than the nearest ones.
+
+    Args:
+        target: what is rounded; everything is computed in its dtype.
+        scales: scale and zero point [N, groups], as they are stored.
+        grid: the integer grid.
+        factor: of H [K, K]; see `factorise`.
+        block_size: see `GptqOptions`.
+    """
+    columns = _Columns(target, grid, scales, factor.order)
+    for _ in _blocks(columns, factor, block_size):
+        pass
+    return columns.codes_in_place()
+
+
 class _Columns:
-    """A weight, its grid and its rounding to nearest, transposed and ordered: row k is the k-th column to be rounded."""
+    """A weight and its grid, transposed and ordered: row k is the k-th column to be rounded.
+
+    `error` is that of the codes so far, and beside it that of other codes where there are some: [K, N] or [K, 2 N].
+    """
 
     def __init__(
-        self, weight: Tensor, rtn_codes: Tensor, grid: IntGrid, scale: Tensor, zero_point: Tensor | None, order: Tensor
+        self,
+        weight: Tensor,
+        grid: IntGrid,
+        scales: tuple[Tensor, Tensor | None],
+        order: Tensor,
+        others: Tensor | None = None,
     ) -> None:
         self.order = order
-        dtype = weight.dtype
-        rtn_numbers = numbers_of(rtn_codes, grid, scale, zero_point, dtype)
+        dtype, device = weight.dtype, weight.device
+        n, k = weight.shape
         self.weight = weight.index_select(1, order).t().contiguous()  # [K, N]
-        self.rtn_error = self.weight - rtn_numbers.index_select(1, order).t()  # [K, N]
-        group = order // (weight.shape[1] // scale.shape[1])
-        self.group = group.tolist()
-        self.grids = ColumnGrid(grid, scale, zero_point, dtype)
-        self.codes = torch.empty(self.weight.shape, dtype=rtn_codes.dtype, device=weight.device)
+        self.error = torch.empty(k, n if others is None else 2 * n, dtype=dtype, device=device)
+        if others is not None:
+            torch.sub(self.weight, numbers_of(others, grid, *scales, dtype).index_select(1, order).t(), out=self.error[:, n:])
+        self.group = (order // (k // scales[0].shape[1])).tolist()
+        self.grids = ColumnGrid(grid, *scales, dtype)
+        self.codes = torch.empty(self.weight.shape, dtype=torch.int8 if grid.symmetric else torch.uint8, device=device)
 
     def round(self, k: int, target: Tensor) -> Tensor:
         """Round the k-th column at `target` [N], keep its codes, and return the numbers they mean [N]."""
@@ -241,22 +287,33 @@ class _Columns:
         return codes
 
 
-def _sweep(columns: _Columns, factor: Factor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sweep(columns: _Columns, factor: Factor, block_size: int) -> tuple[Tensor, Tensor]:
     """Round all columns.
 
     Returns:
-        Codes [N, K]; per row, in fp64, the loss of these codes and of round to nearest [N], both without damping.
+        Per row, in fp64, the loss of these codes and of the other ones [N], both without damping.
     """
+    n, error = columns.weight.shape[1], columns.error
+    losses = torch.zeros(error.shape[1], dtype=torch.float64, device=error.device)
+    for start, stop, residual in _blocks(columns, factor, block_size):
+        pivots, added = factor.pivots[start:stop], factor.added[start:stop]
+        losses += pivots @ residual.double().square() - added @ error[start:stop].double().square()
+    losses.clamp_(min=0)  # the difference of two sums: a loss of nothing can come out a rounding error below it
+    return losses[:n], losses[n:]
+
+
+def _blocks(columns: _Columns, factor: Factor, block_size: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Round block by block; yields where each starts and stops, and what was rounded away there, [block, N or 2 N]."""
     k, n = columns.weight.shape
     upper = factor.unit_upper.to(columns.weight.dtype)
-    error = torch.empty(k, 2 * n, dtype=columns.weight.dtype, device=columns.weight.device)  # of GPTQ | of round to nearest
-    error[:, n:] = columns.rtn_error
-    losses = torch.zeros(2 * n, dtype=torch.float64, device=error.device)
+    error = columns.error
+    beside = error.shape[1] > n
     for start in range(0, k, block_size):
         stop = min(start + block_size, k)
-        # the feedback of everything before this block, for both; then inside the block, for round to nearest
-        residual = upper[:start, start:stop].t() @ error[:start]  # [block, 2 N]
-        residual[:, n:] += upper[start:stop, start:stop].t() @ error[start:stop, n:]
+        # the feedback of everything before this block, for both; then inside the block, for the other codes
+        residual = upper[:start, start:stop].t() @ error[:start]  # [block, N or 2 N]
+        if beside:
+            residual[:, n:] += upper[start:stop, start:stop].t() @ error[start:stop, n:]
         for low in range(start, stop, PANEL):
             high = min(low + PANEL, stop)
             residual[low - start : high - start, :n] += upper[start:low, low:high].t() @ error[start:low, :n]
@@ -267,7 +324,4 @@ def _sweep(columns: _Columns, factor: Factor, block_size: int) -> tuple[Tensor, 
                 numbers = columns.round(column, r)
                 torch.sub(columns.weight[column], numbers, out=error[column, :n])
                 r -= numbers
-        pivots, added = factor.pivots[start:stop], factor.added[start:stop]
-        losses += pivots @ residual.double().square() - added @ error[start:stop].double().square()
-    losses.clamp_(min=0)  # the difference of two sums: a loss of nothing can come out a rounding error below it
-    return columns.codes_in_place(), losses[:n], losses[n:]
+        yield start, stop, residual

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from llmq.errors import ShapeError
 
+PANEL = 512
+"""Columns of a product with H_I that are formed at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:
@@ -41,7 +44,17 @@ class Metric:
 
     def row_losses(self, error: Tensor) -> Tensor:
         """Return what each row of `error` [N, K] adds to the loss, fp64 [N]; without H_O that is the row's own loss."""
-        return (self.gradient(error).double() * error.double()).sum(1)
+        if self.outputs is not None:
+            return (self.gradient(error).double() * error.double()).sum(1)
+        # H_I is symmetric: what is left of its diagonal counts twice, and half of the product is saved
+        inputs = self.inputs.to(error.dtype)
+        losses = torch.zeros(len(error), dtype=torch.float64, device=error.device)
+        for start in range(0, error.shape[1], PANEL):
+            own = slice(start, start + PANEL)
+            product = error[:, :start] @ inputs[:start, own]
+            product.mul_(2).addmm_(error[:, own], inputs[own, own])
+            losses += (product.double() * error[:, own]).sum(1)
+        return losses
 
     def loss(self, error: Tensor) -> float:
         """Return the loss of `error` [N, K]."""

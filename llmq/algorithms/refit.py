@@ -22,7 +22,7 @@ from llmq.algorithms.rtn import numbers_of
 from llmq.numerics.grid import IntGrid
 from llmq.numerics.weight import torch_dtype
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 32 * 2**20
 """Memory for the systems [rows, P, P] in fp64 that are solved at a time."""
 
 BLOCK_ROWS = 64
@@ -54,14 +54,15 @@ def refit(target: Tensor, codes: Tensor, scales: Scales, grid: IntGrid, metric: 
     if metric.outputs is not None:
         rows = min(rows, BLOCK_ROWS)
     error = target - numbers_of(codes, grid, scale, zero_point, target.dtype)
-    by_inputs = error @ metric.inputs.to(target.dtype) if metric.outputs is not None else None  # E H_I
+    inputs = _Inputs(metric.inputs.to(target.dtype), groups)
+    by_inputs = error @ inputs.whole if metric.outputs is not None else None  # E H_I
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
-        system = _System(codes[part], scale[part], zero_point, part, grid, metric.inputs.to(target.dtype))
+        system = _System(codes[part], scale[part], zero_point, part, grid, inputs)
         if by_inputs is None or metric.outputs is None:
-            gradient = error[part] @ metric.inputs.to(target.dtype)
-            change = system.rounded_change(system.solve(system.moments(gradient)))
-            gain = 2 * (system.moments(gradient) * change).sum(1) - system.curvature(change)
+            moments = system.moments(error[part] @ inputs.whole)
+            change = system.rounded_change(system.solve(moments))
+            gain = 2 * (moments * change).sum(1) - system.curvature(change)
             system.apply(scale, zero_point, gain > 0)
             continue
         coupling = metric.outputs[part].to(target.dtype)
@@ -76,21 +77,31 @@ def refit(target: Tensor, codes: Tensor, scales: Scales, grid: IntGrid, metric: 
         if 2 * slope - bend > 0:
             system.apply(scale, zero_point, torch.ones(part.stop - part.start, dtype=torch.bool, device=scale.device))
             numbers = numbers_of(codes[part], grid, scale[part], None if zero_point is None else zero_point[part], target.dtype)
-            by_inputs[part] = (target[part] - numbers) @ metric.inputs.to(target.dtype)
+            by_inputs[part] = (target[part] - numbers) @ inputs.whole
     return scale, zero_point
+
+
+class _Inputs:
+    """H_I [K, K] and, where groups are as wide as here, its sums over the columns of each group, and over its rows as well."""
+
+    def __init__(self, whole: Tensor, groups: int) -> None:
+        self.whole = whole
+        k = len(whole)
+        self.by_group = whole.view(k, groups, k // groups).sum(-1)  # [K, groups]
+        self.between = self.by_group.view(groups, k // groups, groups).sum(1, dtype=torch.float64)  # [groups, groups]
 
 
 class _System:
     """The least squares problems of some rows; P unknowns a row: all scales, then all floating zero points."""
 
     def __init__(
-        self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, part: slice, grid: IntGrid, inputs: Tensor
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, part: slice, grid: IntGrid, inputs: _Inputs
     ) -> None:
         self.part, self.stored = part, torch_dtype(grid.scale_dtype)
         self.rows, self.groups = scale.shape
         self.size = codes.shape[1] // self.groups
         self.with_zero = grid.zero_point == "float"
-        dtype = inputs.dtype
+        dtype = inputs.whole.dtype
         centred = codes.to(dtype).view(self.rows, self.groups, self.size)
         if zero_point is not None:
             offset = torch.full_like(scale, grid.mid, dtype=dtype) if self.with_zero else zero_point[part].to(dtype)
@@ -114,15 +125,14 @@ class _System:
         for group in range(g):
             own = slice(group * size, (group + 1) * size)
             # of a scale with all scales from this group on; and with all zero points
-            product = self.basis[:, own] @ self.inputs[own]
-            tail = product[:, own.start :] * self.basis[:, own.start :]
-            matrix[:, group, group:g] = self._sums(tail, group).double()
+            tail = self.basis[:, own] @ self.inputs.whole[own, own.start :]
+            matrix[:, group, group:g] = self._sums(tail.mul_(self.basis[:, own.start :]), group).double()
             matrix[:, group:g, group] = matrix[:, group, group:g].clone()  # they share the entry on the diagonal
             if self.with_zero:
-                matrix[:, group, g:] = self._sums(product).double()
+                matrix[:, group, g:] = (self.basis[:, own] @ self.inputs.by_group[own]).double()
                 matrix[:, g:, group] = matrix[:, group, g:]
         if self.with_zero:
-            matrix[:, g:, g:] = self.inputs.view(g, size, g, size).double().sum((1, 3))
+            matrix[:, g:, g:] = self.inputs.between
         return matrix
 
     def moments(self, gradient: Tensor) -> Tensor:
@@ -157,7 +167,7 @@ class _System:
         step = change[:, : self.groups].to(self.basis.dtype).repeat_interleave(self.size, 1) * self.basis
         if self.with_zero:
             step += change[:, self.groups :].to(self.basis.dtype).repeat_interleave(self.size, 1)
-        bend = ((own @ step) * (step @ self.inputs)).sum(dtype=torch.float64)
+        bend = ((own @ step) * (step @ self.inputs.whole)).sum(dtype=torch.float64)
         return (moments * change).sum().item(), bend.item()
 
     def apply(self, scale: Tensor, zero_point: Tensor | None, rows: Tensor) -> None:

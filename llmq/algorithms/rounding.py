@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from llmq.algorithms.coordinate import sweep
 from llmq.algorithms.correction import corrected_target
 from llmq.algorithms.feedback import two_sided
-from llmq.algorithms.gptq import Factor, Factorised, GptqOptions, factorise, gptq
+from llmq.algorithms.gptq import Factor, Factorised, GptqOptions, factorise, feed_back
 from llmq.algorithms.metric import Metric, damped
 from llmq.algorithms.refit import Scales, refit
 from llmq.algorithms.rtn import choose_scales, numbers_of, quantize_rtn, round_to_grid, work_dtype
@@ -138,7 +138,8 @@ def round_linear(
     plain.check(n, k)
     nearest = quantize_rtn(weight, grid, mapping=options.mapping)
     tensors = [plain.inputs, plain.outputs, statistics.upstream if options.correction > 0 else None]
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None):
+    # a sum is finite where all of it is, and needs no room for a mask of [K, K]
+    if not all(bool(torch.isfinite(tensor.sum())) for tensor in tensors if tensor is not None):
         return nearest, RoundingReport(None, None, rtn_rows=n, fallback="the Hessian is not finite")
 
     if factorised is None:
@@ -165,8 +166,7 @@ def round_linear(
     if options.gptq and rows_factor is not None:
         codes = two_sided(target, scales, grid, factor, rows_factor)
     elif options.gptq:
-        first, _ = gptq(target, plain.inputs, grid, options.gptq_options(), scales=scales, factorised=factorised)
-        codes = first.codes()
+        codes = feed_back(target, scales, grid, factor, options.block_size)
     else:
         codes = round_to_grid(target, grid, *scales)
     if options.trace:

@@ -38,9 +38,10 @@ class Upstream:
         self.original = None
 
     def value(self, rows: int) -> Tensor:
-        """Return 2/n sum (x_f - x_q)^T x_q over n = `rows`, fp32 [K, K]."""
+        """Return 2/n sum (x_f - x_q)^T x_q over n = `rows`, fp32 [K, K], and forget it."""
         assert self.sum is not None
-        return self.sum * (2 / rows)
+        whole, self.sum = self.sum.mul_(2 / rows), None
+        return whole
 
 
 class Moments:

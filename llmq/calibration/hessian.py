@@ -36,8 +36,12 @@ class Hessian:
         """Return H = 2/n sum x^T x, fp32 [K, K], and start anew; raises SchemeError before the first row."""
         if self.sum is None or self.rows == 0:
             raise SchemeError("a linear was never called during calibration, so nothing is known of its inputs; skip it.")
-        h = self.sum.triu_()
-        h += h.t().clone().fill_diagonal_(0)
+        h = self.sum
+        for start in range(0, len(h), PANEL):  # the lower triangle from the upper one, without a copy of it
+            own = slice(start, min(start + PANEL, len(h)))
+            upper = h[own, own].triu()
+            h[own, own] = upper + upper.triu(1).t()
+            h[own.stop :, own] = h[own, own.stop :].t()
         h *= 2 / self.rows
         self.sum, self.rows = None, 0
         return h
