@@ -7,6 +7,9 @@ PINS   := configs/constraints.txt
 BUILD  := pyproject.toml $(PINS) $(wildcard kernels/CMakeLists.txt kernels/cpu/*)
 TORCH  := $(shell sed -n 's/^\(torch==.*\)/\1/p' $(PINS))
 
+# workers that are done take over tests that others have not come to
+ALL_CORES := -n auto --dist worksteal
+
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: help
@@ -18,12 +21,12 @@ demo: $(VENV)/.run  ## Set up, then compare the schemes on the bundled checkpoin
 	@$(BIN)/llmq demo
 
 .PHONY: test
-test: $(VENV)/.dev  ## Set up, then run the whole suite
-	@$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## Set up, then run the whole suite on all cores
+	@$(BIN)/python -m pytest $(ALL_CORES)
 
 .PHONY: test-fast
 test-fast: $(VENV)/.dev  ## The part of the suite that takes under a minute
-	@$(BIN)/python -m pytest -m "not slow" -q
+	@$(BIN)/python -m pytest $(ALL_CORES) -m "not slow" -q
 
 .PHONY: check
 check: $(VENV)/.dev  ## Style, types, import floors, generated documents

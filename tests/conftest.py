@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
+import pytest
+from filelock import FileLock
+
 # Two OpenMP threads that spin for each other on a busy machine make a test of tiny models a hundred times slower.
-# It has to be said before torch is loaded.
+# It has to be said before torch is loaded, and the process that only hands out tests need not load it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["LLMQ_HISTORY"] = "off"  # nothing is written into the user's own
-
-import pytest
-import torch
 
 REPO = Path(__file__).parent.parent
 
@@ -29,9 +31,43 @@ MODELS = _beside("LLMQ_TEST_MODELS", "shared", "models")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a mistake: let it fail at once
 
 
+MEMORY_OF_A_PROCESS = 3 << 30
+"""Bytes; about twice what a process that runs the whole suite comes to hold."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: a process a core that this one may use, and fewer where the memory does not hold them."""
+    return max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // MEMORY_OF_A_PROCESS))
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return a function that calls `make(folder)` in one process of the run, and gives all of them the same folder.
+
+    The folder is new and its parent exists. It is for what takes seconds to make and is only read.
+    """
+    own = tmp_path_factory.getbasetemp()
+    place = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "made-once"
+    place.mkdir(exist_ok=True)
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = place / name, place / f"{name}.made"
+        with FileLock(place / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                make(folder)
+                made.touch()
+        return folder
+
+    return folder_of
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tiny models run on one thread, unless a test asks for more; see above."""
+    import torch
+
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
@@ -41,6 +77,14 @@ def _one_thread() -> Iterator[None]:
 def wt2_8m() -> Path:
     """The bundled checkpoint: a trained Llama of 8.4 M parameters in Hugging Face layout."""
     return REPO / "llmq" / "assets" / "wt2-8m"
+
+
+@pytest.fixture(scope="session")
+def short_model(wt2_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first blocks of the bundled checkpoint: what it says is nonsense, and how it quantizes is not."""
+    from shortening import shortened
+
+    return shortened(wt2_8m, tmp_path_factory.mktemp("short") / "wt2-short")
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cli_runs import run_llmq
-from jobs import shortened
 
 SAMPLE = Path(__file__).parent.parent.parent / "llmq" / "assets" / "sample"
 
@@ -31,14 +30,10 @@ def calibration_text() -> Path:
 
 
 @pytest.fixture(scope="session")
-def int4_artefact(wt2_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def int4_artefact(wt2_8m: Path, made_once: Callable[..., Path]) -> Path:
     """The bundled checkpoint as int4, group 32, written once for all tests that read it."""
-    out = tmp_path_factory.mktemp("artefact") / "int4"
-    run_llmq("quantize", wt2_8m, "--scheme", "int4", "-S", "group_size=32", "-o", out)
-    return out
 
+    def quantize(out: Path) -> None:
+        run_llmq("quantize", wt2_8m, "--scheme", "int4", "-S", "group_size=32", "-o", out)
 
-@pytest.fixture(scope="session")
-def short_model(wt2_8m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first blocks of the bundled checkpoint."""
-    return shortened(wt2_8m, tmp_path_factory.mktemp("short") / "wt2-short")
+    return made_once("wt2-8m-int4", quantize)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cli_runs import records_of, run_llmq
 from safetensors.torch import load_file, save_file
+from shortening import LAYERS
 
 import llmq
 from llmq.api.calibrating import CalibrationSource
@@ -39,8 +40,9 @@ def test_a_reloaded_artefact_has_bit_identical_logits(wt2_8m: Path, int4_artefac
 
 
 @pytest.mark.slow
-def test_the_same_seed_and_threads_write_the_same_bytes(wt2_8m: Path, calibration_text: Path, tmp_path: Path) -> None:
-    arguments = ("quantize", wt2_8m, "-s", "int4-gptq", "--calibration", calibration_text, "--calibration-windows", 8)
+def test_the_same_seed_and_threads_write_the_same_bytes(short_model: Path, calibration_text: Path, tmp_path: Path) -> None:
+    small = ("--calibration-windows", 8, "--calibration-length", 64)
+    arguments = ("quantize", short_model, "-s", "int4-gptq", "--calibration", calibration_text, *small)
     for name in ("a", "b"):
         run_llmq(*arguments, "--threads", 2, "-o", tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -50,7 +52,7 @@ def test_the_same_seed_and_threads_write_the_same_bytes(wt2_8m: Path, calibratio
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     manifest = json.loads((tmp_path / "a" / "llmq.json").read_text())
     assert manifest["calibration"]["windows"] == 8
-    assert len(manifest["layers"]) == 56
+    assert len(manifest["layers"]) == 7 * LAYERS
     assert all(layer["loss"] <= layer["rtn_loss"] for layer in manifest["layers"])
     assert manifest["skipped"] == {"lm_head": "the output head is kept unless --lm-head"}
 
@@ -120,12 +122,12 @@ def test_every_protocol_runs_and_names_itself(wt2_8m: Path, evaluation_text: Pat
 
 @pytest.mark.slow
 def test_compare_prints_the_table_and_orders_the_schemes(
-    wt2_8m: Path, calibration_text: Path, evaluation_text: Path, tmp_path: Path
+    short_model: Path, calibration_text: Path, evaluation_text: Path, tmp_path: Path
 ) -> None:
     records = tmp_path / "records.jsonl"
     result = run_llmq(
-        *("compare", wt2_8m, "--text", evaluation_text, "--limit", 24, "--calibration", calibration_text),
-        *("--calibration-windows", 32, "--repeats", 2, "--new-tokens", 8, "--record", records),
+        *("compare", short_model, "--text", evaluation_text, "--limit", 12, "--calibration", calibration_text),
+        *("--calibration-windows", 16, "--repeats", 2, "--new-tokens", 8, "--record", records),
     )
     for heading in ("scheme", "perplexity", "KL (nats/token)", "decode tok/s", "GB/s", "bits/weight", "size"):
         assert heading in result.stdout
@@ -142,19 +144,19 @@ def test_compare_prints_the_table_and_orders_the_schemes(
 
 
 @pytest.mark.slow
-def test_calibration_that_overlaps_the_evaluation_is_said(wt2_8m: Path, evaluation_text: Path) -> None:
+def test_calibration_that_overlaps_the_evaluation_is_said(short_model: Path, evaluation_text: Path) -> None:
     recipe = llmq.Recipe("int4-gptq", calibration=CalibrationSource(str(evaluation_text), windows=4, length=128))
-    found = llmq.evaluate(str(wt2_8m), recipe, question=llmq.Question(str(evaluation_text), window=64, limit=2))
+    found = llmq.evaluate(str(short_model), recipe, question=llmq.Question(str(evaluation_text), window=64, limit=2))
     assert any("calibrate on another text" in note for note in found.records[0].notes)
 
 
 @pytest.mark.slow
-def test_calibrate_writes_a_set_that_quantize_takes(wt2_8m: Path, calibration_text: Path, tmp_path: Path) -> None:
+def test_calibrate_writes_a_set_that_quantize_takes(short_model: Path, calibration_text: Path, tmp_path: Path) -> None:
     recorded = tmp_path / "windows.bin"  # the name says nothing; the content does
-    arguments = ("calibrate", wt2_8m, "--text", calibration_text, "--calibration-windows", 4, "--calibration-length", 64)
+    arguments = ("calibrate", short_model, "--text", calibration_text, "--calibration-windows", 4, "--calibration-length", 64)
     run_llmq(*arguments, "-o", recorded)
     assert "--force" in run_llmq(*arguments, "-o", recorded, code=6).output
-    planned = run_llmq("quantize", wt2_8m, "-s", "int4-gptq", "--calibration", recorded, "-o", tmp_path / "out")
+    planned = run_llmq("quantize", short_model, "-s", "int4-gptq", "--calibration", recorded, "-o", tmp_path / "out")
     assert "of RTN's" in planned.output
     manifest = json.loads((tmp_path / "out" / "llmq.json").read_text())
     assert (manifest["calibration"]["windows"], manifest["calibration"]["length"]) == (4, 64)
@@ -199,6 +201,7 @@ def test_bench_tokens_per_second(int4_artefact: Path) -> None:
     assert "256" in too_long.output
 
 
+@pytest.mark.slow
 def test_eval_tasks_runs_a_local_task(wt2_8m: Path, tmp_path: Path) -> None:
     rows = [{"q": "The ship was", "c": ["built", "zqxj"], "a": 0}, {"q": "The king was", "c": ["xqzvk", "the"], "a": 1}]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -224,6 +227,7 @@ def test_eval_tasks_runs_a_local_task(wt2_8m: Path, tmp_path: Path) -> None:
     assert again["metrics"]["acc"]["value"] == 1.0
 
 
+@pytest.mark.slow
 def test_bench_kernels_and_bandwidth() -> None:
     found = records_of(run_llmq("bench", "kernels", "--shapes", "64x128", "--rows", "1,3", "--only", "bf16,int4", "--json"))
     assert {record["protocol"]["params"]["rows"] for record in found} == {1, 3}

@@ -6,16 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_builds import build_library, needs
+from native_builds import build_wheel
 
 from llmq.ops import native
 
 
 @pytest.fixture(scope="session")
-def plain_build(tmp_path_factory) -> Path:
+def plain_wheel(made_once) -> Path:
+    """The folder of a wheel, of the copy of the sources that it was made of, and of what was compiled; warnings were errors."""
+    return made_once("plain-wheel", lambda folder: build_wheel(folder, "-C", "cmake.define.LLMQ_WERROR=ON"))
+
+
+@pytest.fixture(scope="session")
+def plain_build(plain_wheel) -> Path:
     """The folder of a build as users get it."""
-    needs("cmake", "c++")
-    return build_library(tmp_path_factory.mktemp("plain")).parent
+    libraries = list((plain_wheel / "source" / "build").rglob("libllmq_cpu.so"))
+    assert len(libraries) == 1, "the kernels did not compile without a warning"
+    return libraries[0].parent
 
 
 @pytest.fixture(scope="session")

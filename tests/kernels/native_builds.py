@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-KERNELS = Path(__file__).parent.parent.parent / "kernels"
+REPO = Path(__file__).parent.parent.parent
+KERNELS = REPO / "kernels"
 DRIVER = Path(__file__).parent / "driver.cpp"
 LLAMA_DRIVER = Path(__file__).parent / "llama_driver.cpp"
 
@@ -36,6 +39,22 @@ def build_library(folder: Path, *options: str) -> Path:
     run("cmake", *generator, "-S", KERNELS, "-B", folder, "-DLLMQ_WERROR=ON", *options)
     run("cmake", "--build", folder, "--parallel", "2")
     return folder / "libllmq_cpu.so"
+
+
+def build_wheel(folder: Path, *options: str, **environment: str) -> Path:
+    """Build a wheel of a copy of the sources alone, as a fresh checkout has them: `folder`/out/*.whl, of `folder`/source."""
+    needs("cmake", "c++")
+    if importlib.util.find_spec("scikit_build_core") is None:
+        pytest.skip("scikit-build-core is not in this environment")
+    source = folder / "source"
+    skip = shutil.ignore_patterns("__pycache__", "*.so", "assets", "*.egg-info")
+    for tree in ("llmq", "kernels"):
+        shutil.copytree(REPO / tree, source / tree, ignore=skip)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, source / name)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "--no-build-isolation", *options)
+    run(*pip, "-w", folder / "out", source, env={**os.environ, **environment})
+    return folder
 
 
 def build_driver(folder: Path, compiler: str, *flags: str, source: Path = DRIVER) -> Path:
