@@ -43,10 +43,10 @@ def check_layers(record: ResultRecord) -> ResultRecord:
 def block_table(record: ResultRecord, order: Order = "worst") -> Table:
     """Lay out what linears cost: a row for each block, a column for each kind of projection, and their sums."""
     layers = check_layers(record).details.layers
-    kinds = list(dict.fromkeys(_place(fqn)[1] for fqn in layers))
+    kinds = list(dict.fromkeys(place_of(fqn)[1] for fqn in layers))
     costs: dict[str, dict[str, float]] = {}
     for fqn, found in layers.items():
-        block, kind = _place(fqn)
+        block, kind = place_of(fqn)
         costs.setdefault(block, {})[kind] = found["cost_kl"].value
     rows = sorted(costs.items(), key=lambda row: -sum(row[1].values())) if order == "worst" else list(costs.items())
     columns = [("block", False), *((kind, True) for kind in kinds), ("all", True)]
@@ -138,7 +138,7 @@ def notes_of(record: ResultRecord) -> list[str]:
     return [note for note in record.notes if not _PICK.fullmatch(note)]
 
 
-def _place(fqn: str) -> tuple[str, str]:
+def place_of(fqn: str) -> tuple[str, str]:
     """Return the number of a linear's block and its kind: '3' and 'down'; what is in no block is a kind of its own."""
     match = _BLOCK.fullmatch(fqn)
     return (match[2], match[3].rpartition(".")[2].removesuffix("_proj")) if match else (figures.ABSENT, fqn)
