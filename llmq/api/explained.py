@@ -42,7 +42,10 @@ class LinearLoss:
 
     def metrics(self) -> dict[str, Metric]:
         """The figures for a result record."""
-        found = {"nbytes": Metric(value=self.nbytes, unit="bytes")}
+        found = {
+            "nbytes": Metric(value=self.nbytes, unit="bytes"),
+            "bits_per_weight": Metric(value=8 * self.nbytes / (self.shape[0] * self.shape[1]), unit="bits"),
+        }
         if self.sqnr_db is not None:
             found["sqnr"] = Metric(value=self.sqnr_db, unit="dB")
         found["weight_error"] = Metric(value=self.error.weight, unit="1")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.algorithms.metric import Metric
-from llmq.calibration.gather import input_hessians
+from llmq.calibration.gather import Upstream, input_hessians
 from llmq.calibration.hessian import Hessian, inputs_of
 from llmq.calibration.partial import fqn_of, linears_of
 from llmq.evaluation.leave_one_out import Resumed
@@ -43,17 +43,30 @@ class OutputError:
 
 
 @dataclass(frozen=True, eq=False)
+class RoundedInputs:
+    """Second moments of what rounding changes in inputs x: d = x_hat - x.
+
+    Attributes:
+        square: D = 2/n sum d^T d, fp32 [K, K].
+        cross: C = 2/n sum d^T x, fp32 [K, K].
+    """
+
+    square: Tensor
+    cross: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class LinearInputs:
     """Second moments of what one linear reads, in the quantized model's coordinates.
 
     Attributes:
         hessian: H = 2/n sum x^T x, fp32 [K, K].
-        rounding: D = 2/n sum d^T d of what rounding changes, by the grid of the activations.
+        rounding: what rounding changes, by the grid of the activations.
         calibration: H of the calibration windows, where a candidate needs it.
     """
 
     hessian: Tensor
-    rounding: Mapping[ActivationGrid, Tensor]
+    rounding: Mapping[ActivationGrid, RoundedInputs]
     calibration: Tensor | None = None
 
     def error(self, original: Tensor, quantized: Tensor, form: LinearFormat) -> OutputError:
@@ -61,8 +74,12 @@ class LinearInputs:
         outputs = Metric(self.hessian).loss(original)
         if outputs <= 0:
             return OutputError(0.0)
-        of_inputs = 0.0 if form.activation is None else Metric(self.rounding[form.activation]).loss(quantized) / outputs
-        return OutputError(Metric(self.hessian).loss(quantized - original) / outputs, of_inputs)
+        error, added = quantized - original, 0.0
+        if form.activation is not None:
+            rounded = self.rounding[form.activation]
+            both = ((quantized @ rounded.cross) * error).sum(dtype=torch.float64).item()
+            added = Metric(rounded.square).loss(quantized) + 2 * both
+        return OutputError(Metric(self.hessian).loss(error) / outputs, added / outputs)
 
 
 def linear_inputs(
@@ -102,17 +119,33 @@ def linear_inputs(
                 calibration.advance()
 
 
+class _Sums:
+    """The running sums of one linear and grid."""
+
+    def __init__(self) -> None:
+        self.square, self.cross = Hessian(), Upstream()
+
+    def add(self, x: Tensor, rounded: Tensor) -> None:
+        self.square.add(rounded - x)
+        self.cross.add(rounded)
+        self.cross.add(x)
+
+    def value(self) -> RoundedInputs:
+        cross = self.cross.value(self.square.rows)
+        return RoundedInputs(self.square.value(), cross)
+
+
 def _rounding_moments(
     held: Resumed, linears: Mapping[str, nn.Linear], originals: Mapping[str, Original], asked: Mapping[str, Sequence[Rounding]]
-) -> dict[str, dict[ActivationGrid, Tensor]]:
-    """Return D of each linear and grid that is asked for; the stage only runs where one is."""
-    sums = {name: {grid: Hessian() for grid, _ in each} for name, each in asked.items()}
+) -> dict[str, dict[ActivationGrid, RoundedInputs]]:
+    """Return the moments of each linear and grid that is asked for; the stage only runs where one is."""
+    sums = {name: {grid: _Sums() for grid, _ in each} for name, each in asked.items()}
 
     def see(name: str, x: Any) -> None:
         inputs = originals[name].inputs(x.reshape(-1, x.shape[-1]))
         for grid, scale in asked[name]:
             codes, steps = quantize_activation(inputs, grid, scale)
-            sums[name][grid].add(codes * steps - inputs)
+            sums[name][grid].add(inputs, codes * steps)
 
     if any(asked.values()):
         with inputs_of({name: linear for name, linear in linears.items() if asked[name]}, see):
