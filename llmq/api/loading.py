@@ -18,6 +18,7 @@ from llmq.api.sizes import Size, size_of
 from llmq.calibration.recorder import CalibrationSet
 from llmq.calibration.sequential import quantize_sequential
 from llmq.checkpoint import Checkpoint, load_model, load_tokenizer_for, open_checkpoint
+from llmq.checkpoint.rotated import rotate_model_, rotation_of
 from llmq.errors import UsageError, suggest
 from llmq.model.kv_cache import AUTO, kv_bytes_per_token, kv_dtype, kv_name
 from llmq.model.llama import Llama
@@ -207,6 +208,9 @@ def apply_recipe(loaded: Loaded, recipe: Recipe, *, progress: Progress = SILENT)
         loaded.setup = replace(loaded.setup, dtype=resolved.name)
     settled = settle(recipe, loaded.model, loaded.setup.torch_dtype)
     loaded.resolved, loaded.overrides = resolved, recipe.overrides
+    rotation = rotation_of(recipe.rotate, loaded.model.config, loaded.setup.seed)
+    if rotation is not None:
+        rotate_model_(loaded.model, rotation)
     how: dict[str, Any] = {"skip": settled.skip, "skip_unfit": recipe.skip_unfit, "overrides": settled.overrides}
     if settled.needs_calibration:
         calibration = calibration_set(

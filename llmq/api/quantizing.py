@@ -23,6 +23,7 @@ from llmq.calibration.recorder import CalibrationSet
 from llmq.checkpoint import Manifest, load_model, open_checkpoint
 from llmq.checkpoint.job import Job
 from llmq.checkpoint.parts import PartwiseModel
+from llmq.checkpoint.rotated import RotatedModel, rotation_json, rotation_of
 from llmq.checkpoint.source import Checkpoint
 from llmq.errors import Interrupted, TextError, UsageError
 from llmq.numerics.grid import IntGrid, format_from_json
@@ -95,7 +96,7 @@ def quantize_checkpoint(
             raise UsageError(f"{path} is quantized already (scheme {checkpoint.manifest.scheme}); name the original checkpoint.")
         baseline = recipe.resolve().baseline_dtype
         setup = setup if baseline is None else replace(setup, dtype=recipe.scheme)
-        parts = PartwiseModel(checkpoint, setup.torch_dtype)
+        parts = _parts(checkpoint, recipe, setup)
         settled = settle(recipe, parts.model, setup.torch_dtype)
         loaded = Loaded(checkpoint, parts.model, settled.resolved, setup, overrides=recipe.overrides)
         loaded.calibration, check = _calibration(loaded, recipe, settled, how, ranks=ranks, progress=progress)
@@ -130,6 +131,14 @@ def quantize_checkpoint(
     return Quantized(out, loaded, written.manifest, _record(loaded), resumed)
 
 
+def _parts(checkpoint: Checkpoint, recipe: Recipe, setup: Setup) -> PartwiseModel:
+    """Return the original, rotated where the recipe says so."""
+    rotation = rotation_of(recipe.rotate, checkpoint.config, setup.seed)
+    if rotation is None:
+        return PartwiseModel(checkpoint, setup.torch_dtype)
+    return RotatedModel(checkpoint, setup.torch_dtype, rotation)
+
+
 def _calibration(
     loaded: Loaded, recipe: Recipe, settled: Settled, how: Running, *, ranks: Ranks, progress: Progress
 ) -> tuple[CalibrationSet | None, OverlapCheck | None]:
@@ -158,6 +167,7 @@ def _manifest(loaded: Loaded, recipe: Recipe, seen: CalibrationSet | None, check
         source={"name": loaded.name, "format": loaded.checkpoint.format, "sha256": loaded.checkpoint.sha256},
         calibration=calibration_json(seen.info, check) if seen and check else None,
         tokenizer_sha256=loaded.tokenizer.sha256,
+        rotation=rotation_json(recipe.rotate, loaded.setup.seed),
         seed=loaded.setup.seed,
         threads=torch.get_num_threads(),
         versions={"llmq": __version__} | {name: packages[name] for name in _VERSIONED},
@@ -167,7 +177,8 @@ def _manifest(loaded: Loaded, recipe: Recipe, seen: CalibrationSet | None, check
 
 def _identity(manifest: Manifest, recipe: Recipe, seen: CalibrationSet | None, how: Running, ranks: Ranks) -> dict[str, Any]:
     """Return everything that the bytes of the result depend on."""
-    known = manifest.model_dump(mode="json", include={"scheme", "options", "overrides", "tokenizer_sha256", "seed", "threads"})
+    described = {"scheme", "options", "overrides", "rotation", "tokenizer_sha256", "seed", "threads"}
+    known = manifest.model_dump(mode="json", include=described)
     calibration = {key: value for key, value in (manifest.calibration or {}).items() if key != "overlap"}
     return {
         "model": manifest.source["sha256"],

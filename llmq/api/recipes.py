@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llmq.api.calibrating import CalibrationSource
+from llmq.checkpoint.rotated import rotation_of
 from llmq.model.llama import Llama
 from llmq.results.coverage import Coverage
 from llmq.schemes.apply import decide
@@ -34,6 +35,8 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     allocation: Mapping[str, Any] | None = None
     """What the overrides were solved from, where a budget was; for the manifest."""
+    rotate: str = "none"
+    """Which rotations are folded into the weights first; see `checkpoint.rotated`."""
 
     def resolve(self) -> ResolvedScheme:
         """Validate the name and the options."""
@@ -80,9 +83,11 @@ def settle(recipe: Recipe, model: Llama, dtype: torch.dtype) -> Settled:
 
     Raises:
         UsageError: the scheme, an option or a pattern is unknown, or overrides contradict each other.
+        SchemeError: the model cannot be rotated as the recipe says.
         ShapeError: linears do not fit.
     """
     resolved = recipe.resolve()
+    rotation_of(recipe.rotate, model.config, seed=0)  # refuses what cannot be
     fqns = linear_fqns(model)
     skip = recipe.skipped(fqns) if resolved.baseline_dtype is None else recipe.skip
     kept = [fqn for fqn in fqns if fqn not in skip]

@@ -41,6 +41,7 @@ class Manifest(BaseModel):
         default_factory=list, description="other schemes of some linears: pattern, scheme, options"
     )
     allocation: dict[str, Any] | None = Field(None, description="the budget that overrides were solved for, and from what")
+    rotation: dict[str, Any] | None = Field(None, description="which rotations the weights were multiplied with; None: none")
     source: dict[str, Any] = Field(default_factory=dict, description="of the original checkpoint: name, format, sha256 …")
     calibration: dict[str, Any] | None = Field(None, description="text, hashes, windows, length, seed; None: none was used")
     tokenizer_sha256: str | None = None

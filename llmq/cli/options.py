@@ -101,6 +101,15 @@ SkipUnfit = Annotated[
     typer.Option("--skip-unfit", help="Leave linears whose shape does not fit the grid unquantized.", rich_help_panel=QUANTIZING),
 ]
 LmHead = Annotated[bool, typer.Option("--lm-head", help="Quantize the output head too.", rich_help_panel=QUANTIZING)]
+Rotate = Annotated[
+    str,
+    typer.Option(
+        "--rotate",
+        metavar="none|heads|residual|both",
+        help="Rotations to fold into the weights first: of each head's values, of the residual stream, or both (QuaRot).",
+        rich_help_panel=QUANTIZING,
+    ),
+]
 
 Calibration = Annotated[
     list[str] | None,

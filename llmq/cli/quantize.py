@@ -36,6 +36,7 @@ def quantize(
     skip: o.Skip = None,
     skip_unfit: o.SkipUnfit = False,
     lm_head: o.LmHead = False,
+    rotate: o.Rotate = "none",
     calibration: o.Calibration = None,
     calibration_windows: o.CalibrationWindows = None,
     calibration_length: o.CalibrationLength = None,
@@ -76,9 +77,12 @@ def quantize(
     )
     recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head, overrides=override)
     assert recipe is not None
+    recipe = replace(recipe, rotate=rotate)
     setup = o.setup("cpu", dtype, threads, None, seed, several=not dry_run)
     target = mixing.target_of(target_bpw, target_size, sensitivity, candidate)
     if target is not None:
+        if rotate != "none":
+            raise UsageError("a budget is solved from sensitivities of the model as it is; leave --rotate out, or the target.")
         with render.reporting(quiet=json or not processes.speaks()) as progress:
             mixture = mixing.mix(model, recipe, setup, (target, sensitivity, candidate), progress=progress)
         recipe = replace(recipe, overrides=mixture.overrides, allocation=mixture.to_json())
