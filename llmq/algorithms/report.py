@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PANEL_ROWS = 128
+"""Rows of a weight that are held in fp64 at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
@@ -62,6 +65,9 @@ class LayerReport:
 
 def sqnr_db(weight: Tensor, quantized: Tensor) -> float | None:
     """Return the signal to quantization noise ratio of a weight in dB; None when noise or signal is zero."""
-    signal = torch.linalg.vector_norm(weight.double()).item()
-    noise = torch.linalg.vector_norm(weight.double() - quantized.double()).item()
-    return 20 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+    signal = noise = 0.0
+    for original, other in zip(torch.split(weight, PANEL_ROWS), torch.split(quantized, PANEL_ROWS), strict=True):
+        exact = original.double()  # of a whole weight this would be its largest copy
+        signal += exact.square().sum().item()
+        noise += (exact - other.double()).square().sum().item()
+    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
