@@ -92,7 +92,8 @@ class Traffic:
 
     def kv_nbytes(self, batch_size: int, visible: int) -> int:
         """Bytes of the keys and values of `visible` tokens of `batch_size` sequences, as one decode step reads them."""
-        return KVCache(self.config, batch_size, 1, self.kv_dtype, "meta").nbytes_read(visible)
+        # of one token, hence tiny; on "meta" its rotation table would take torch a second, to load its compiler
+        return KVCache(self.config, batch_size, 1, self.kv_dtype, "cpu").nbytes_read(visible)
 
     def decode_bytes(self, batch_size: int, visible: int) -> StepBytes:
         """Bytes that one decode step reads, each of `batch_size` sequences seeing `visible` tokens, itself included."""

@@ -65,8 +65,8 @@ def test_starts_and_clips() -> None:
     [("int3-awq", {"exponents": "5"}), ("int3-autoround", {"start": "nearest", "steps": "12", "batch": "4"})],
     ids=["awq", "autoround"],
 )
-def test_walk_is_nearer_than_rounding_to_nearest(wt2_8m: Path, name: str, options: dict[str, str]) -> None:
-    checkpoint = open_checkpoint(wt2_8m)
+def test_walk_is_nearer_than_rounding_to_nearest(short_model: Path, name: str, options: dict[str, str]) -> None:
+    checkpoint = open_checkpoint(short_model)
 
     def fresh() -> Any:
         return load_model(checkpoint, dtype=torch.float32)
