@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from typer.testing import CliRunner
@@ -68,12 +68,13 @@ def test_version_is_quick() -> None:
     command = [sys.executable, "-m", "llmq", "--version"]
     subprocess.run(command, check=True, capture_output=True)  # writes the byte code
     times = []
-    for _ in range(5):
-        started = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        times.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert done.stdout == f"llmq {__version__}\n"
-    assert min(times) < 0.3  # the least of five: what else runs here is no fault of the program
+    assert min(times) < 0.3  # of the processor's time: what else runs here is no fault of the program
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

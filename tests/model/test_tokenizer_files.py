@@ -9,10 +9,10 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import tokenizers
-import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -221,7 +221,7 @@ def test_llama3_ranks_make_the_tokens_of_byte_level_bpe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_equal_to_transformers(tmp_path: Path, bos: bool) -> None:
+def test_equal_to_transformers(tmp_path: Path, transformers: ModuleType, bos: bool) -> None:
     path = train_bpe(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<|begin|>", "eos_token": "<|end|>"}')
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<|begin|>", eos_token="<|end|>")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +13,12 @@ from hypothesis import strategies as st
 from llmq.errors import ShapeError, UsageError
 from llmq.numerics.affine import MappingType, ZeroPointDomain, choose_qparams_affine, dequantize_affine, quantize_affine
 
-oracle = pytest.importorskip("torchao.quantization.quant_primitives")
+
+@functools.cache
+def oracle() -> ModuleType:
+    """Loaded by the first test that needs it: it loads torch's compiler, which takes seconds."""
+    return pytest.importorskip("torchao.quantization.quant_primitives")
+
 
 SHAPE = (6, 96)
 # Blocks of one element are left out: torchao reduces the whole tensor for them (see test_blocks_of_one_element).
@@ -50,36 +58,36 @@ KINDS = ("normal", "positive", "negative", "constant", "zero rows", "outlier", "
 
 
 def oracle_mapping(mapping: MappingType):
-    return getattr(oracle.MappingType, mapping.name)
+    return getattr(oracle().MappingType, mapping.name)
 
 
 def oracle_qparams(x, mapping, domain, preserve_zero, block, low, high, eps, scale_dtype):
     """The torchao function for the combination, reshaped to one entry a block."""
     arguments = (x, oracle_mapping(mapping), block, torch.int32, low, high, eps, scale_dtype)
     if domain is ZeroPointDomain.FLOAT:
-        scale, zero = oracle._choose_qparams_affine_tinygemm(*arguments, None)
+        scale, zero = oracle()._choose_qparams_affine_tinygemm(*arguments, None)
     elif preserve_zero:
-        scale, zero = oracle.choose_qparams_affine(*arguments)
+        scale, zero = oracle().choose_qparams_affine(*arguments)
     else:
-        scale, zero = oracle._choose_qparams_affine_dont_preserve_zero(*arguments, torch.int32)
+        scale, zero = oracle()._choose_qparams_affine_dont_preserve_zero(*arguments, torch.int32)
     entries = [d // b for d, b in zip(x.shape, block, strict=True)]
     return scale.reshape(entries), None if domain is ZeroPointDomain.NONE else zero.reshape(entries)
 
 
 def oracle_codes(x, block, scale, zero, domain, low, high):
     if domain is ZeroPointDomain.FLOAT:
-        return oracle._quantize_affine_tinygemm_no_dtype_cast(x, block, scale, zero, low, high)
+        return oracle()._quantize_affine_tinygemm_no_dtype_cast(x, block, scale, zero, low, high)
     if domain is ZeroPointDomain.NONE:
-        return oracle._quantize_affine_no_zero_point_no_dtype_cast(x, block, scale, None, low, high)
-    return oracle._quantize_affine_no_dtype_cast(x, block, scale, zero, low, high)
+        return oracle()._quantize_affine_no_zero_point_no_dtype_cast(x, block, scale, None, low, high)
+    return oracle()._quantize_affine_no_dtype_cast(x, block, scale, zero, low, high)
 
 
 def oracle_numbers(codes, block, scale, zero, domain, low, high, dtype):
     if domain is ZeroPointDomain.FLOAT:
-        return oracle._dequantize_affine_tinygemm_no_dtype_check(codes, block, scale, zero, low, high, dtype)
+        return oracle()._dequantize_affine_tinygemm_no_dtype_check(codes, block, scale, zero, low, high, dtype)
     if domain is ZeroPointDomain.NONE:
-        return oracle._dequantize_affine_no_zero_point_no_dtype_check(codes, block, scale, None, low, high, dtype)
-    return oracle._dequantize_affine_no_dtype_check(codes, block, scale, zero, low, high, dtype)
+        return oracle()._dequantize_affine_no_zero_point_no_dtype_check(codes, block, scale, None, low, high, dtype)
+    return oracle()._dequantize_affine_no_dtype_check(codes, block, scale, zero, low, high, dtype)
 
 
 def same_bits(got: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
