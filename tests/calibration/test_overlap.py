@@ -50,9 +50,9 @@ def test_examples_come_from_different_places() -> None:
 @pytest.mark.slow
 def test_real_splits(wikitext: Path) -> None:
     train, test = (resolve_text(wikitext, split=split).raw() for split in ("train", "test"))
-    started = time.monotonic()
+    started = time.process_time()
     found = overlap(train, test)
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
     assert found.total > 200_000
     assert 0 < found.share < 0.001  # stock phrases
     assert found.warning is None
