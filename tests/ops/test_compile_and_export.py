@@ -16,7 +16,7 @@ from llmq.ops.select import prepare, record_usage
 BF16 = torch.bfloat16
 NAMES = ["int8-weight-only", "int4", "int8-dynamic", "int8-static", "int8-dynamic-int4", "int3", "int5", "bf16"]
 UNLIKE = ["int4", "int8-static", "int8-dynamic-int4", "bf16"]
-"""Formats that share no code before they are prepared; every format is compiled prepared and exported as it is, these both ways."""
+"""Formats that share no code before they are prepared. These are compiled and exported both ways, the others one way each."""
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:FutureWarning",  # torch's own, about its pytrees, while it exports
     "ignore:.*treespec.*:UserWarning",
