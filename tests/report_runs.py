@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from llmq.files import sha256_text
 from llmq.results.record import Cache, Details, Environment, Histogram, Kind, Metric, Protocol, ResultRecord, Subject
 from llmq.results.run import Run, run_in_memory
 
@@ -63,7 +64,7 @@ def record(kind: Kind, scheme: str, metrics: dict[str, Metric], params: dict[str
         size_bytes=fields.pop("size", known.get("size")),
         kv_cache=Cache(dtype="bf16", bytes_per_token=4096, context_tokens=256),
     )
-    identity = f"{scheme}-{kind}-{sorted(params.items())}"
+    identity = sha256_text(f"{scheme} {kind} {sorted(params.items())}")[:32]
     return ResultRecord(
         id=identity,
         created_at=datetime(2026, 3, 1, tzinfo=UTC),

@@ -20,8 +20,9 @@ ROW_IN = 0.235
 """Height of a row of cells."""
 MOST_WRITTEN = 12
 """Layers up to which the cells of a panel say their values, and two panels stand side by side."""
-COLOURS = "cividis"
-"""Grows lighter evenly, and looks the same to those who do not see red or green."""
+COLOURS, STEPS = "cividis", 40
+"""Grows lighter evenly, and looks the same to those who do not see red or green. From 50 steps on matplotlib draws the bar of a
+colour scale as an image in the SVG, which has no text alternative and does not scale."""
 
 
 def draw_heat_maps(plot: HeatMaps) -> Figure:
@@ -33,7 +34,7 @@ def draw_heat_maps(plot: HeatMaps) -> Figure:
     figure.suptitle(plot.title, x=0.006, ha="left", fontsize=11, fontweight="bold")
     low, high = plot.range
     norm = Normalize(low, high if high > low else low + 1.0)
-    colours = mpl.colormaps[COLOURS]
+    colours = mpl.colormaps[COLOURS].resampled(STEPS)
     for index, axes in enumerate(all_axes):
         if index < len(plot.panels):
             _draw_panel(axes, plot, index, norm, colours)
@@ -41,6 +42,8 @@ def draw_heat_maps(plot: HeatMaps) -> Figure:
         else:
             axes.set_visible(False)
     bar = figure.colorbar(ScalarMappable(norm, colours), ax=figure.axes, pad=0.012, aspect=30, fraction=0.05)
+    assert bar.solids is not None
+    bar.solids.set_edgecolor("face")  # no hairlines between the steps
     bar.outline.set_visible(False)
     bar.locator = MaxNLocator(5)
     bar.update_ticks()
