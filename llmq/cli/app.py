@@ -110,10 +110,24 @@ def _root(
 
 
 # Importing a command's module registers it; none of them imports torch before it runs.
-from llmq.cli import bench, compare, diff, evaluate, history, inspect, layers, mixing, plan, quantize, report, system  # noqa: E402
+from llmq.cli import (  # noqa: E402
+    bench,
+    compare,
+    diff,
+    evaluate,
+    history,
+    inspect,
+    layers,
+    mixing,
+    plan,
+    quantize,
+    report,
+    report_html,
+    system,
+)
 
 _GROUPS = {"eval": eval_app, "bench": bench_app, "report": report_app, "history": history_app}
 for name, group in _GROUPS.items():
     app.add_typer(group, name=name)
-for register in (compare, quantize, mixing, plan, inspect, evaluate, layers, bench, report, diff, history, system):
+for register in (compare, quantize, mixing, plan, inspect, evaluate, layers, bench, report, report_html, diff, history, system):
     register.register(app, _GROUPS.get(register.GROUP, app))

@@ -6,6 +6,7 @@ from llmq.cli.render.facts import calibration_set, description, environment, ker
 from llmq.cli.render.history import done, exported, imported, plotted, run_list, stored_run
 from llmq.cli.render.layers import explanation
 from llmq.cli.render.mixing import mixture, sensitivities
+from llmq.cli.render.pages import pages_written
 from llmq.cli.render.tables import (
     bandwidth,
     comparison,
@@ -35,6 +36,7 @@ __all__ = [
     "kernel_speeds",
     "kernels",
     "mixture",
+    "pages_written",
     "plan",
     "plotted",
     "quantized",
