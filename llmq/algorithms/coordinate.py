@@ -58,7 +58,7 @@ def sweep(
         state.block(start, min(start + BLOCK, k))
     found = torch.empty_like(codes)
     found[:, order] = state.codes.t().to(codes.dtype)
-    return found, state.changed
+    return found, int((found != codes).sum())
 
 
 class _State:
@@ -77,7 +77,6 @@ class _State:
         error = target.t()[order] - self.numbers
         # E^T without H_O, (H_O E)^T with it: what has only to be multiplied by H_I to be the gradient
         self.error = error if self.outputs is None else error @ self.outputs
-        self.changed = 0
 
     def block(self, start: int, stop: int) -> None:
         """Visit the columns from `start` to `stop`."""
@@ -103,7 +102,6 @@ class _State:
         """Change a column whose entries are independent; returns how its numbers changed."""
         codes, numbers = self.grids.nearest(self.group[column], self.numbers[column] + p / curvature)
         change = numbers - self.numbers[column]
-        self.changed += int((codes != self.codes[column]).sum())
         self.codes[column], self.numbers[column] = codes, numbers
         return change
 
@@ -122,7 +120,6 @@ class _State:
             if moved is None:
                 break
             chosen, effect = moved
-            self.changed += len(chosen)
             self.codes[column, chosen] = codes[chosen]
             self.numbers[column, chosen] = numbers[chosen]
             total += effect

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def gather(
 
     Args:
         linears: the linears of the block, by name.
-        moments: by the name of each group's first linear; what is not asked for is not summed.
+        moments: by the name of each group's first linear, in the order of their calls; what is not asked for is not summed.
         run: the block.
         batches: of hidden states [B, T, hidden] that the quantized blocks before produce, and those of the original model for
             the same windows (None where nobody asks for them).
@@ -93,6 +94,7 @@ def gather(
         outputs: batches that are overwritten by the block's output for the original model's hidden states.
     """
     watched = {name: linears[name] for name in moments}
+    last = next(reversed(moments), None)
     paired = {name: linears[name] for name, sums in moments.items() if sums.upstream is not None}
 
     def see_original(name: str, x: Tensor) -> None:
@@ -104,6 +106,8 @@ def gather(
         moments[name].hessian.add(x)
         if name in paired:
             see_original(name, x)
+        if name == last:
+            raise _AllSeen  # what the block makes of it is not asked for
 
     for number, (h, original) in enumerate(batches):
         if original is not None and (paired or outputs is not None):
@@ -112,9 +116,13 @@ def gather(
             if outputs is not None:
                 outputs[number].copy_(out)
         if watched:
-            with inputs_of(watched, see):
+            with inputs_of(watched, see), suppress(_AllSeen):
                 run(h.float())
         advance(len(h))
+
+
+class _AllSeen(Exception):  # noqa: N818 - no error: it ends a run that has told all it can
+    """The last linear that is watched was called."""
 
 
 def input_hessians(linears: dict[str, nn.Linear], run: Run, batches: Sequence[Tensor]) -> dict[str, Tensor]:

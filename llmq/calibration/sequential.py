@@ -131,6 +131,7 @@ class Walk:
         self.calibration, self.keeper, self.settings = calibration, keeper or InMemory(), settings or WalkSettings()
         self.stages = stages_of(self.model, decisions)
         self.needs = _joined(decision for stage in self.stages for decision in stage.targets.values())
+        self._onward = _before_targets(self.stages)
         if calibration is not None:
             _check_tokens(model, calibration)
         refuse_shared((decision for stage in self.stages for decision in stage.targets.values()), self.settings.ranks)
@@ -189,7 +190,7 @@ class Walk:
 
     def _again(self, stage: Stage, done: list[LayerReport], go: Callable[[int], None], n: int) -> list[LayerReport]:
         """Run the windows through a stage that was finished before."""
-        if self._q is not None and not stage.is_head:
+        if self._q is not None and stage.name in self._onward:
             if self._f is not None:
                 self.keeper.open(stage.name)
                 self._propagate(stage, stage.float_copy(), self._f, lambda _: None)
@@ -212,11 +213,10 @@ class Walk:
             go(2 * n if stage.targets else 3 * n)
         reports = self._quantize(stage, block, moments, go, n) if seen or stage.targets else []
         wrap_floats_([decision for decision in stage.decisions if decision.format is not None])
-        if self._q is not None:
-            if not stage.is_head:
-                self._propagate(stage, stage.float_copy(), self._q, go)  # from what is stored, as a resumed run has it
-            else:
-                go(n if stage.targets else 0)
+        if self._q is not None and stage.name in self._onward:
+            self._propagate(stage, stage.float_copy(), self._q, go)  # from what is stored, as a resumed run has it
+        elif seen:
+            go(n)
         self.keeper.close(stage.name, reports)
         return reports
 
@@ -250,7 +250,7 @@ class Walk:
             if _joined(stage.targets[name] for name in group) & (Needs.INPUTS | Needs.UPSTREAM)
         }
         originals = pairs.batches if pairs is not None else [None] * len(self._q.batches)
-        going_on = f.batches if f is not None and pairs is f and not stage.is_head else None
+        going_on = f.batches if f is not None and pairs is f and stage.name in self._onward else None
         gather(linears, moments, run, list(zip(self._q.batches, originals, strict=True)), go, going_on)
         return block, moments
 
@@ -337,6 +337,12 @@ class Walk:
         for batch in states.batches:
             batch.copy_(stage.forward(work, batch.float(), self._context))
             go(len(batch))
+
+
+def _before_targets(stages: Sequence[Stage]) -> frozenset[str]:
+    """Return the names of the stages after which something is still to be quantized: windows have to go through them."""
+    last = max((number for number, stage in enumerate(stages) if stage.targets), default=0)
+    return frozenset(stage.name for stage in stages[:last])
 
 
 def _joined(decisions: Any) -> Needs:
