@@ -39,6 +39,16 @@ check: $(VENV)/.dev  ## Style, types, import floors, generated documents
 style: $(VENV)/.dev  ## Mend what can be mended by itself
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
+.PHONY: browser
+browser:  ## Install Chromium through apt, for the tests of pages; without it they are skipped
+	@if command -v chromium >/dev/null 2>&1; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; then \
+	  echo "Installed Chromium"; \
+	else \
+	  echo "NOTICE: no Chromium, and apt cannot install it here: the tests of pages will be skipped."; \
+	fi
+
 .PHONY: docs
 docs: $(VENV)/.dev  ## Regenerate docs/cli.md and the tables made from records
 	@$(BIN)/python scripts/docs.py

@@ -31,6 +31,8 @@ COMMANDS = [
     ["bench", "bandwidth"],
     ["bench", "kernels"],
     ["report", "table"],
+    ["report", "html"],
+    ["report", "plot"],
     ["history", "list"],
     ["history", "show"],
     ["history", "plot"],
@@ -39,7 +41,8 @@ COMMANDS = [
     ["history", "note"],
     ["history", "delete"],
 ]
-HEAVY = {"torch", "numpy", "datasets", "lm_eval", "transformers", "sentencepiece", "tokenizers", "matplotlib", "sqlite3"}
+HEAVY = {"torch", "numpy", "datasets", "lm_eval", "transformers", "sentencepiece", "tokenizers"}
+HEAVY |= {"matplotlib", "jinja2", "sqlite3"}
 
 
 def loaded_modules(code: str) -> set[str]:
