@@ -208,7 +208,7 @@ def apply_recipe(loaded: Loaded, recipe: Recipe, *, progress: Progress = SILENT)
         loaded.setup = replace(loaded.setup, dtype=resolved.name)
     settled = settle(recipe, loaded.model, loaded.setup.torch_dtype)
     loaded.resolved, loaded.overrides = resolved, recipe.overrides
-    rotation = rotation_of(recipe.rotate, loaded.model.config, loaded.setup.seed)
+    rotation = rotation_of(settled.rotate, loaded.model.config, loaded.setup.seed)
     if rotation is not None:
         rotate_model_(loaded.model, rotation)
     how: dict[str, Any] = {"skip": settled.skip, "skip_unfit": recipe.skip_unfit, "overrides": settled.overrides}

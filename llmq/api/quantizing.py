@@ -23,7 +23,7 @@ from llmq.calibration.recorder import CalibrationSet
 from llmq.checkpoint import Manifest, load_model, open_checkpoint
 from llmq.checkpoint.job import Job
 from llmq.checkpoint.parts import PartwiseModel
-from llmq.checkpoint.rotated import RotatedModel, rotation_json, rotation_of
+from llmq.checkpoint.rotated import RotatedModel, rotation_json, rotation_of, settle_rotation
 from llmq.checkpoint.source import Checkpoint
 from llmq.errors import Interrupted, TextError, UsageError
 from llmq.numerics.grid import IntGrid, format_from_json
@@ -100,7 +100,7 @@ def quantize_checkpoint(
         settled = settle(recipe, parts.model, setup.torch_dtype)
         loaded = Loaded(checkpoint, parts.model, settled.resolved, setup, overrides=recipe.overrides)
         loaded.calibration, check = _calibration(loaded, recipe, settled, how, ranks=ranks, progress=progress)
-        manifest = _manifest(loaded, recipe, loaded.calibration, check)
+        manifest = _manifest(loaded, recipe, settled, check)
         identity = _identity(manifest, recipe, loaded.calibration, how, ranks)
     ranks.check_same(identity)
     if ranks.size > 1:
@@ -133,7 +133,8 @@ def quantize_checkpoint(
 
 def _parts(checkpoint: Checkpoint, recipe: Recipe, setup: Setup) -> PartwiseModel:
     """Return the original, rotated where the recipe says so."""
-    rotation = rotation_of(recipe.rotate, checkpoint.config, setup.seed)
+    kind = settle_rotation(recipe.rotate, checkpoint.config, recipe.resolve())
+    rotation = rotation_of(kind, checkpoint.config, setup.seed)
     if rotation is None:
         return PartwiseModel(checkpoint, setup.torch_dtype)
     return RotatedModel(checkpoint, setup.torch_dtype, rotation)
@@ -155,8 +156,9 @@ def _calibration(
     return seen, check
 
 
-def _manifest(loaded: Loaded, recipe: Recipe, seen: CalibrationSet | None, check: OverlapCheck | None) -> Manifest:
+def _manifest(loaded: Loaded, recipe: Recipe, settled: Settled, check: OverlapCheck | None) -> Manifest:
     """Return what is known before the first weight is read."""
+    seen = loaded.calibration
     packages = loaded.setup.environment().packages
     assert loaded.resolved is not None
     return Manifest(
@@ -167,7 +169,7 @@ def _manifest(loaded: Loaded, recipe: Recipe, seen: CalibrationSet | None, check
         source={"name": loaded.name, "format": loaded.checkpoint.format, "sha256": loaded.checkpoint.sha256},
         calibration=calibration_json(seen.info, check) if seen and check else None,
         tokenizer_sha256=loaded.tokenizer.sha256,
-        rotation=rotation_json(recipe.rotate, loaded.setup.seed),
+        rotation=rotation_json(settled.rotate, loaded.setup.seed),
         seed=loaded.setup.seed,
         threads=torch.get_num_threads(),
         versions={"llmq": __version__} | {name: packages[name] for name in _VERSIONED},

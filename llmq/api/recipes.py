@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llmq.api.calibrating import CalibrationSource
-from llmq.checkpoint.rotated import rotation_of
+from llmq.checkpoint.rotated import settle_rotation
 from llmq.model.llama import Llama
 from llmq.results.coverage import Coverage
 from llmq.schemes.apply import decide
@@ -35,8 +35,8 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     allocation: Mapping[str, Any] | None = None
     """What the overrides were solved from, where a budget was; for the manifest."""
-    rotate: str = "none"
-    """Which rotations are folded into the weights first; see `checkpoint.rotated`."""
+    rotate: str = "auto"
+    """Which rotations are folded into the weights first; see `checkpoint.rotated.Rotate`."""
 
     def resolve(self) -> ResolvedScheme:
         """Validate the name and the options."""
@@ -65,12 +65,14 @@ class Settled:
         decisions: what is to become of every parameter.
         overrides: schemes of single linears, by fqn.
         skip: the patterns of what is left alone.
+        rotate: which rotations are folded into the weights first.
     """
 
     resolved: ResolvedScheme
     decisions: list[Decision]
     overrides: Mapping[str, ResolvedScheme]
     skip: tuple[str, ...]
+    rotate: str
 
     @property
     def needs_calibration(self) -> bool:
@@ -87,14 +89,13 @@ def settle(recipe: Recipe, model: Llama, dtype: torch.dtype) -> Settled:
         ShapeError: linears do not fit.
     """
     resolved = recipe.resolve()
-    rotation_of(recipe.rotate, model.config, seed=0)  # refuses what cannot be
     fqns = linear_fqns(model)
     skip = recipe.skipped(fqns) if resolved.baseline_dtype is None else recipe.skip
     kept = [fqn for fqn in fqns if fqn not in skip]
     overrides = assign_overrides(recipe.overrides, kept, skip=recipe.skip)
     compute = resolved.baseline_dtype or dtype
     decisions = decide(model, resolved, skip=skip, skip_unfit=recipe.skip_unfit, dtype=compute, overrides=overrides)
-    return Settled(resolved, decisions, overrides, skip)
+    return Settled(resolved, decisions, overrides, skip, settle_rotation(recipe.rotate, model.config, resolved))
 
 
 def linear_fqns(model: torch.nn.Module) -> list[str]:

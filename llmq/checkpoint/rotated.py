@@ -20,10 +20,11 @@ from llmq.checkpoint.source import Checkpoint
 from llmq.errors import SchemeError, UsageError
 from llmq.model.config import LlamaConfig
 from llmq.model.llama import Llama
+from llmq.schemes.base import ResolvedScheme
 from llmq.schemes.block import EMBEDDING, HEAD
 
-Rotate = Literal["none", "heads", "residual", "both"]
-"""R2 of every head, R1 of the residual stream, or both; see `algorithms.rotation`."""
+Rotate = Literal["auto", "none", "heads", "residual", "both"]
+"""R2 of every head, R1 of the residual stream, or both, see `algorithms.rotation`; 'auto': what the scheme gains by, if any."""
 
 _NORM = "model.norm.weight"
 
@@ -50,8 +51,21 @@ def rotate_model_(model: Llama, rotation: Rotation) -> None:
         _rotate_part(model, part, names, rotation)
 
 
+def settle_rotation(rotate: str, config: LlamaConfig, resolved: ResolvedScheme) -> str:
+    """Return what is rotated, with 'auto' settled: all that this model allows, where its scheme gains by it.
+
+    Raises:
+        UsageError: there is no such kind.
+        SchemeError: the residual stream is to be rotated, and the head is the embedding.
+    """
+    if rotate == "auto":
+        rotate = ("heads" if config.tie_word_embeddings else "both") if resolved.rotates else "none"
+    rotation_of(rotate, config, 0)
+    return rotate
+
+
 def rotation_of(rotate: str, config: LlamaConfig, seed: int) -> Rotation | None:
-    """Return the rotations that a user asks for; None for 'none'.
+    """Return the rotations of a settled kind; None for 'none'.
 
     Raises:
         UsageError: there is no such kind.

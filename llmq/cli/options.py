@@ -105,8 +105,9 @@ Rotate = Annotated[
     str,
     typer.Option(
         "--rotate",
-        metavar="none|heads|residual|both",
-        help="Rotations to fold into the weights first: of each head's values, of the residual stream, or both (QuaRot).",
+        metavar="auto|none|heads|residual|both",
+        help="Rotations to fold into the weights first: of each head's values, of the residual stream, or both (QuaRot); auto: "
+        "where the scheme gains by them.",
         rich_help_panel=QUANTIZING,
     ),
 ]

@@ -36,7 +36,7 @@ def quantize(
     skip: o.Skip = None,
     skip_unfit: o.SkipUnfit = False,
     lm_head: o.LmHead = False,
-    rotate: o.Rotate = "none",
+    rotate: o.Rotate = "auto",
     calibration: o.Calibration = None,
     calibration_windows: o.CalibrationWindows = None,
     calibration_length: o.CalibrationLength = None,
@@ -81,8 +81,9 @@ def quantize(
     setup = o.setup("cpu", dtype, threads, None, seed, several=not dry_run)
     target = mixing.target_of(target_bpw, target_size, sensitivity, candidate)
     if target is not None:
-        if rotate != "none":
+        if rotate not in ("auto", "none"):
             raise UsageError("a budget is solved from sensitivities of the model as it is; leave --rotate out, or the target.")
+        recipe = replace(recipe, rotate="none")
         with render.reporting(quiet=json or not processes.speaks()) as progress:
             mixture = mixing.mix(model, recipe, setup, (target, sensitivity, candidate), progress=progress)
         recipe = replace(recipe, overrides=mixture.overrides, allocation=mixture.to_json())

@@ -83,6 +83,10 @@ class Scheme(ABC, Generic[OptionsT]):
         """Return how the quantized model is distilled at the end (fields of `calibration.distill.DistillSettings`), or None."""
         return None
 
+    def rotates(self, options: OptionsT) -> bool:  # noqa: ARG002
+        """Return whether the model is rotated first where the user leaves that open, see `algorithms.rotation`."""
+        return False
+
     def prepares(self, options: OptionsT) -> bool:  # noqa: ARG002
         """Return whether `prepare_block` does something under these options."""
         return False
@@ -181,6 +185,11 @@ class ResolvedScheme:
     def distillation(self) -> dict[str, Any] | None:
         """See `Scheme.distillation`."""
         return self.scheme.distillation(self.options)
+
+    @property
+    def rotates(self) -> bool:
+        """See `Scheme.rotates`."""
+        return self.scheme.rotates(self.options)
 
     @property
     def prepares(self) -> bool:

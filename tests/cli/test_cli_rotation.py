@@ -139,7 +139,7 @@ def test_refusals(short_model: Path, tied_model: Path, tmp_path: Path) -> None:
     run_llmq("quantize", tied_model, "-s", "fp32", "--rotate", "heads", "-o", out)
     torch.testing.assert_close(logits(out), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     unknown = run_llmq("quantize", short_model, "-s", "int8-dynamic", "--rotate", "all", "-o", tmp_path / "no", code=2)
-    assert "one of none, heads, residual, both, got 'all'" in unknown.output
+    assert "one of auto, none, heads, residual, both, got 'all'" in unknown.output
     budget = ("--target-bpw", "4.5", "--rotate", "heads")
     refused = run_llmq("quantize", short_model, "-s", "int4", *budget, "-o", tmp_path / "no", code=2)
     assert "sensitivities of the model as it is" in refused.output
