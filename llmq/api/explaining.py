@@ -122,8 +122,8 @@ class _Work:
 
     def run(self) -> Explanation:
         calibration = self._calibration()
-        self.notes += check_text(self.pair.model, calibration, self.text)
-        first, both = self._protocols()
+        first, both, evaluated = self._protocols()
+        self.notes += check_text(self.pair.model, calibration, self.text, evaluated)
         with self._reference(first) as reference:
             measure = self._measure(reference)
             reference.perplexity(progress=self.progress)
@@ -140,12 +140,15 @@ class _Work:
         sought = self.request.top > 0
         return explanation_of(Found(self.pair.model, self.pair.original, *measured, usage.linears(), self.notes, sought))
 
-    def _protocols(self) -> tuple[PerplexityProtocol, PerplexityProtocol]:
-        """Return the protocol that losses are measured by, and the one with as many windows again, as far as there are any."""
+    def _protocols(self) -> tuple[PerplexityProtocol, PerplexityProtocol, str]:
+        """Return the protocol that losses are measured by, and the one with as many windows again, and all of them as text."""
         windows, context = self.request.windows, self.model.config.max_position_embeddings
         both = resolve_protocol("windows", {"length": self.request.length, "limit": 2 * windows}, context=context)
-        there = len(plan_evaluation(self.pair.model.tokenizer, self.text, both).windows)
-        return both.model_copy(update={"limit": min(windows, there)}), both.model_copy(update={"limit": there})
+        tokenizer = self.pair.model.tokenizer
+        found = plan_evaluation(tokenizer, self.text, both).windows
+        first = both.model_copy(update={"limit": min(windows, len(found))})
+        evaluated = "\n".join(tokenizer.decode(window.inputs.tolist()) for window in found)
+        return first, both.model_copy(update={"limit": len(found)}), evaluated
 
     def _reference(self, protocol: PerplexityProtocol, skip: int = 0) -> ReferenceLogits:
         return ReferenceLogits(self.original, self.pair.model.tokenizer, self.text, protocol, skip=skip)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -16,6 +16,7 @@ from llmq.calibration.corpus import TextSource, resolve_text
 from llmq.calibration.overlap import WARN_SHARE, overlap
 from llmq.calibration.recorder import CalibrationSet
 from llmq.checkpoint import Checkpoint, open_checkpoint
+from llmq.checkpoint.rotated import settle_rotation
 from llmq.errors import UsageError
 from llmq.progress import SILENT, Progress
 
@@ -72,7 +73,8 @@ def open_pair(path: str, recipe: Recipe | None, setup: Setup, reference: str | N
     if other.manifest is not None and not (artefact and recipe is not None):
         raise UsageError(f"the reference {reference} is quantized itself (scheme {other.manifest.scheme}); name the original.")
     check_shapes(path, checkpoint, reference or path, other)
-    _check_memory(checkpoint, other, setup.torch_dtype)
+    turned = _rotation(checkpoint, recipe, setup)
+    _check_memory(checkpoint, other, setup.torch_dtype, rotated=turned is not None)
     model = open_model(path, recipe, setup, progress=progress)
     linears = tuple(
         fqn for fqn, module in model.model.named_modules() if isinstance(module, torch.nn.Linear) and is_integer(module.weight)
@@ -80,11 +82,29 @@ def open_pair(path: str, recipe: Recipe | None, setup: Setup, reference: str | N
     if not linears:
         raise UsageError(f"no linear of {path} is on an integer grid, so there is no loss to explain; quantize some.")
     original = open_model(reference or path, None, setup, progress=progress)
+    twin = original
+    if turned is not None:
+        kind, seed = turned
+        twin = open_model(reference or path, Recipe(setup.dtype, rotate=kind), replace(setup, seed=seed), progress=progress)
     notes = [*checkpoint.notes]
+    if turned is not None:
+        notes.append(
+            "the model was rotated before it was quantized; its linears are compared with those of the original, rotated alike"
+        )
     source = checkpoint.manifest.source if checkpoint.manifest is not None else {}
     if source and source.get("sha256") != other.sha256:
         notes.append(f"{path} says that it was made from another checkpoint than {reference} ({source.get('name')})")
-    return Pair(model, original, original, linears, tuple(notes))
+    return Pair(model, original, twin, linears, tuple(notes))
+
+
+def _rotation(checkpoint: Checkpoint, recipe: Recipe | None, setup: Setup) -> tuple[str, int] | None:
+    """Return what was rotated, or is to be, and the seed; None: nothing."""
+    manifest = checkpoint.manifest
+    if manifest is not None:
+        return None if manifest.rotation is None else (manifest.rotation["kind"], manifest.rotation["seed"])
+    assert recipe is not None
+    kind = settle_rotation(recipe.rotate, checkpoint.config, recipe.resolve())
+    return None if kind == "none" else (kind, setup.seed)
 
 
 def check_shapes(path: str, checkpoint: Checkpoint, reference: str, other: Checkpoint) -> None:
@@ -97,52 +117,64 @@ def check_shapes(path: str, checkpoint: Checkpoint, reference: str, other: Check
             )
 
 
-def check_text(model: Loaded, calibration: CalibrationSet | None, text: TextSource) -> list[str]:
+def check_text(model: Loaded, calibration: CalibrationSet | None, text: TextSource, evaluated: str) -> list[str]:
     """Refuse a text that the model, or its candidates, were calibrated on; return what cannot be known.
 
+    Args:
+        model: the quantized model.
+        calibration: windows that candidates are calibrated with; None: none are.
+        text: where the windows come from that losses are measured on.
+        evaluated: those windows as text.
+
     Raises:
-        UsageError: the calibration text holds `overlap.WARN_SHARE` of the text's passages, or is the text.
+        UsageError: the calibration text is this text, or holds `overlap.WARN_SHARE` of the windows' passages.
     """
-    manifest = model.checkpoint.manifest
     for seen in (model.calibration, calibration):
         if seen is not None:
-            _refuse(overlap(seen.text(model.tokenizer), text.raw()).share, text)
+            _refuse_same(seen.info.to_json(), text)
+            _refuse(overlap(seen.text(model.tokenizer), evaluated).share, text)
+    manifest = model.checkpoint.manifest
     if manifest is None or manifest.calibration is None:
         return []
-    return _check_recorded(manifest.calibration, text)
-
-
-def _check_recorded(calibration: Mapping[str, Any], text: TextSource) -> list[str]:
-    """Compare the text with what a manifest says of calibration windows, which are not there any more."""
-    named = {calibration["source_sha256"], *(part["sha256"] for part in calibration.get("parts", ()))}
-    if text.sha256 in named:
-        _refuse(1.0, text)
-    searched = calibration.get("overlap") or {}
+    _refuse_same(manifest.calibration, text)
+    source = resolve_text(split="train")
+    if source.sha256 in _sources(manifest.calibration):
+        _refuse(overlap(source.raw(), evaluated).share, text)
+        return []
+    searched = manifest.calibration.get("overlap") or {}
     if searched.get("text_sha256") == text.sha256:
         _refuse(searched["share"], text)
         return []
-    source = resolve_text(split="train")
-    if source.sha256 in named:
-        _refuse(overlap(source.raw(), text.raw()).share, text)
-        return []
-    return [f"the model was calibrated on {calibration['source']}, which is not here to be searched for passages of the text"]
+    return [f"the model was calibrated on {manifest.calibration['source']}, which is not here to be searched for these passages"]
+
+
+def _sources(calibration: Mapping[str, Any]) -> set[str]:
+    """Return the hashes of what calibration windows were cut from."""
+    return {calibration["source_sha256"], *(part["sha256"] for part in calibration["parts"])}
+
+
+def _refuse_same(calibration: Mapping[str, Any], text: TextSource) -> None:
+    if text.sha256 in _sources(calibration):
+        raise UsageError(
+            f"{text.name} is the text that was calibrated on, where losses look too small; name another with --text."
+        )
 
 
 def _refuse(share: float, text: TextSource) -> None:
     if share >= WARN_SHARE:
         raise UsageError(
-            f"the calibration text holds {share:.1%} of the passages of {text.name}, where losses would look too small; "
+            f"the calibration text holds {share:.1%} of the passages of the windows of {text.name}, where losses look too small; "
             "name another text with --text."
         )
 
 
-def _check_memory(checkpoint: Checkpoint, other: Checkpoint, dtype: torch.dtype) -> None:
-    """Raise UsageError when two models do not fit; one that is still to be quantized counts as the original."""
+def _check_memory(checkpoint: Checkpoint, other: Checkpoint, dtype: torch.dtype, *, rotated: bool) -> None:
+    """Raise UsageError when all models do not fit; one that is still to be quantized counts as the original."""
     floats = sum(info.nbytes // info.dtype.itemsize for info in other.tensors.values()) * dtype.itemsize
     stored = floats if checkpoint.manifest is None else sum(info.nbytes for info in checkpoint.tensors.values())
-    free = int(psutil.virtual_memory().available)
-    if floats + stored > free:
+    needed, free = floats * (2 if rotated else 1) + stored, int(psutil.virtual_memory().available)
+    if needed > free:
         raise UsageError(
-            f"the model and its original take {(floats + stored) / 1e9:.1f} GB together, and {free / 1e9:.1f} GB of memory are "
-            "free; both have to be in memory: explain a smaller model of the family, or use a larger machine."
+            f"the model and its original take {needed / 1e9:.1f} GB together, and {free / 1e9:.1f} GB of memory are free; both "
+            "have to be in memory: explain a smaller model of the family, or use a larger machine."
         )

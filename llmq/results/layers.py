@@ -8,6 +8,7 @@ from typing import Literal
 
 from llmq.errors import UsageError
 from llmq.results import figures
+from llmq.results.markdown import to_markdown
 from llmq.results.record import Metric, ResultRecord
 from llmq.results.table import Column, Table
 
@@ -131,6 +132,21 @@ def verification_table(record: ResultRecord) -> Table | None:
     share = f", {100 * nbytes / size:+.2f} % of the size" if size else ""
     sign = "+" if nbytes >= 0 else "-"
     return _table(f"Predicted and measured ({UNIT}; {sign}{figures.size(abs(nbytes))}{share})", columns, cells)
+
+
+def layers_section(record: ResultRecord) -> str:
+    """Return a record as Markdown: what was measured, and all tables."""
+    params, metrics = check_layers(record).protocol.params, record.metrics
+    kl, ln_ppl = metrics["kl_mean"], metrics["delta_ln_perplexity"]
+    parts = [
+        f"**{record.subject.model}, {record.subject.scheme}** against {params['reference']}, on {params['n_windows']:,} windows "
+        f"of {params['length']:,} tokens of {params['text']}: KL {figures.with_error(kl.value, kl.stderr)}, Δ ln ppl "
+        f"{figures.with_error(ln_ppl.value, ln_ppl.stderr)} nats per token. ± is one standard error."
+    ]
+    for content in (block_table(record), linear_table(record), pick_table(record), verification_table(record)):
+        if content is not None:
+            parts += [f"{content.title}:", to_markdown(content)]
+    return "\n\n".join(parts)
 
 
 def notes_of(record: ResultRecord) -> list[str]:
