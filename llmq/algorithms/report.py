@@ -6,8 +6,9 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from llmq.numerics.weight import QuantizedWeight
 
 PANEL_ROWS = 128
 """Rows of a weight that are held in fp64 at a time."""
@@ -63,11 +64,16 @@ class LayerReport:
         return replace(self, sqnr_db=noise, loss=None, rtn_loss=None, tuned=True, seconds=self.seconds + seconds)
 
 
-def sqnr_db(weight: Tensor, quantized: Tensor) -> float | None:
-    """Return the signal to quantization noise ratio of a weight in dB; None when noise or signal is zero."""
+def sqnr_db(weight: Tensor, quantized: Tensor | QuantizedWeight) -> float | None:
+    """Return the signal to quantization noise ratio of a weight [N, K] in dB; None when noise or signal is zero.
+
+    By panels of rows: in fp64, copies of a whole weight would be the largest there are.
+    """
     signal = noise = 0.0
-    for original, other in zip(torch.split(weight, PANEL_ROWS), torch.split(quantized, PANEL_ROWS), strict=True):
-        exact = original.double()  # of a whole weight this would be its largest copy
-        signal += exact.square().sum().item()
-        noise += (exact - other.double()).square().sum().item()
+    for start in range(0, len(weight), PANEL_ROWS):
+        stop = min(start + PANEL_ROWS, len(weight))
+        other = quantized[start:stop] if isinstance(quantized, Tensor) else quantized.rows(start, stop).dequantize()
+        original = weight[start:stop].double()
+        signal += original.square().sum().item()
+        noise += (original - other.double()).square().sum().item()
     return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None

@@ -20,6 +20,9 @@ from llmq.numerics.affine import (
 from llmq.numerics.grid import IntGrid
 from llmq.numerics.weight import QuantizedWeight, torch_dtype
 
+PANEL_ROWS = 256
+"""Rows of a weight that are copied in the dtype to compute in at a time."""
+
 
 def quantize_rtn(weight: Tensor, grid: IntGrid, *, mapping: MappingType | None = None) -> QuantizedWeight:
     """Round a weight to the nearest points of a grid.
@@ -37,8 +40,7 @@ def quantize_rtn(weight: Tensor, grid: IntGrid, *, mapping: MappingType | None =
         UsageError: when mapping and grid contradict each other.
     """
     scale, zero_point = choose_scales(weight, grid, mapping=mapping)
-    work = weight.to(work_dtype(weight))
-    return QuantizedWeight.from_codes(grid, round_to_grid(work, grid, scale, zero_point), scale, zero_point)
+    return QuantizedWeight.from_codes(grid, round_to_grid(weight, grid, scale, zero_point), scale, zero_point)
 
 
 def work_dtype(tensor: Tensor) -> torch.dtype:
@@ -69,33 +71,42 @@ def choose_scales(weight: Tensor, grid: IntGrid, *, mapping: MappingType | None 
         raise UsageError(f"a {'symmetric' if grid.symmetric else 'asymmetric'} grid cannot be filled by mapping {mapping.value}.")
     domain = ZeroPointDomain(grid.zero_point)
     scale_dtype = torch_dtype(grid.scale_dtype)
-    scale, zero_point = choose_qparams_affine(
-        weight.to(work_dtype(weight)),
-        mapping,
-        (1, grid.group_size or k),
-        quant_min=grid.qmin,
-        quant_max=grid.qmax,
-        eps=torch.finfo(scale_dtype).smallest_normal,  # a group of zeros keeps a scale that its dtype can hold
-        scale_dtype=scale_dtype,
-        zero_point_dtype=scale_dtype if domain is ZeroPointDomain.FLOAT else torch.uint8,
-        zero_point_domain=domain,
-        preserve_zero=domain is not ZeroPointDomain.FLOAT,
-    )
-    return scale, zero_point
+    scales, zero_points = [], []
+    for rows in torch.split(weight, PANEL_ROWS):
+        scale, zero_point = choose_qparams_affine(
+            rows.to(work_dtype(rows)),
+            mapping,
+            (1, grid.group_size or k),
+            quant_min=grid.qmin,
+            quant_max=grid.qmax,
+            eps=torch.finfo(scale_dtype).smallest_normal,  # a group of zeros keeps a scale that its dtype can hold
+            scale_dtype=scale_dtype,
+            zero_point_dtype=scale_dtype if domain is ZeroPointDomain.FLOAT else torch.uint8,
+            zero_point_domain=domain,
+            preserve_zero=domain is not ZeroPointDomain.FLOAT,
+        )
+        scales.append(scale)
+        zero_points += [] if zero_point is None else [zero_point]
+    return torch.cat(scales), torch.cat(zero_points) if zero_points else None
 
 
 def round_to_grid(weight: Tensor, grid: IntGrid, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """Return the codes [N, K] (int8 for a symmetric grid, else uint8) nearest to `weight` [N, K], computed in its dtype."""
-    return quantize_affine(
-        weight,
-        _blocks(weight, scale),
-        scale.to(weight.dtype),
-        None if zero_point is None else zero_point.to(weight.dtype),
-        output_dtype=torch.int8 if grid.symmetric else torch.uint8,
-        quant_min=grid.qmin,
-        quant_max=grid.qmax,
-        zero_point_domain=ZeroPointDomain(grid.zero_point),
-    )
+    """Return the codes [N, K] (int8 for a symmetric grid, else uint8) nearest to `weight` [N, K], computed in `work_dtype`."""
+    dtype = work_dtype(weight)
+    codes = torch.empty(weight.shape, dtype=torch.int8 if grid.symmetric else torch.uint8, device=weight.device)
+    for start in range(0, len(weight), PANEL_ROWS):
+        rows = slice(start, start + PANEL_ROWS)
+        codes[rows] = quantize_affine(
+            weight[rows].to(dtype),
+            _blocks(weight, scale),
+            scale[rows].to(dtype),
+            None if zero_point is None else zero_point[rows].to(dtype),
+            output_dtype=codes.dtype,
+            quant_min=grid.qmin,
+            quant_max=grid.qmax,
+            zero_point_domain=ZeroPointDomain(grid.zero_point),
+        )
+    return codes
 
 
 def numbers_of(codes: Tensor, grid: IntGrid, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:

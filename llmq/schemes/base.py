@@ -150,7 +150,7 @@ class Scheme(ABC, Generic[OptionsT]):
 
 
 def _report(fqn: str, weight: Tensor, quantized: QuantizedWeight | None, started: float) -> LayerReport:
-    noise = sqnr_db(weight, quantized.dequantize()) if quantized is not None else None
+    noise = sqnr_db(weight, quantized) if quantized is not None else None
     return LayerReport(fqn, (weight.shape[0], weight.shape[1]), noise, seconds=time.perf_counter() - started)
 
 

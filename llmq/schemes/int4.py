@@ -7,7 +7,7 @@ import time
 from torch import Tensor
 
 from llmq.algorithms.report import LayerReport, sqnr_db
-from llmq.algorithms.rtn import quantize_rtn, round_to_grid, work_dtype
+from llmq.algorithms.rtn import quantize_rtn, round_to_grid
 from llmq.algorithms.scale_search import SearchOptions, search_scales
 from llmq.algorithms.statistics import Statistics
 from llmq.numerics.affine import MappingType
@@ -47,9 +47,9 @@ class IntGroups(Scheme[GroupOptions]):
             known = statistics if options.search == "weighted" else None
             importance = None if known is None else known.hessian.diagonal()
             scales = search_scales(weight, grid, importance, SearchOptions(mapping=self.mapping(options)))
-            codes = round_to_grid(weight.to(work_dtype(weight)), grid, *scales)
+            codes = round_to_grid(weight, grid, *scales)
             quantized = QuantizedWeight.from_codes(grid, codes, *scales)
-        noise = sqnr_db(weight, quantized.dequantize())
+        noise = sqnr_db(weight, quantized)
         return quantized, LayerReport(fqn, (weight.shape[0], weight.shape[1]), noise, seconds=time.perf_counter() - started)
 
 

@@ -62,7 +62,7 @@ class IntGptq(Scheme[CalibratedOptions]):
         report = LayerReport(
             fqn,
             (weight.shape[0], weight.shape[1]),
-            sqnr_db(weight, quantized.dequantize()),
+            sqnr_db(weight, quantized),
             loss=done.loss,
             rtn_loss=done.rtn_loss,
             damping=done.damping,
