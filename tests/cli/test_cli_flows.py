@@ -29,6 +29,7 @@ def test_quantize_inspect_generate(int4_artefact: Path) -> None:
     assert text == run_llmq("generate", int4_artefact, "The ship was built in", "-n", 8).stdout
 
 
+@pytest.mark.slow
 def test_a_reloaded_artefact_has_bit_identical_logits(wt2_8m: Path, int4_artefact: Path) -> None:
     tokens = torch.arange(48).reshape(2, 24) * 7 + 3
     kept = llmq.load(str(wt2_8m), llmq.Recipe("int4", {"group_size": 32}))

@@ -64,6 +64,7 @@ def table_file(table: SensitivityTable, tmp_path: Path) -> Path:
     return tmp_path / "sensitivity.json"
 
 
+@pytest.mark.slow
 def test_a_budget_of_bits_is_kept_and_recorded(wt2_8m: Path, table: SensitivityTable, table_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("quantize", wt2_8m, "-s", "int4", "--target-bpw", 4.55, "--sensitivity", table_file, "-o", out)
@@ -91,6 +92,7 @@ def test_a_budget_of_bits_is_kept_and_recorded(wt2_8m: Path, table: SensitivityT
             assert predicted < sum(each.kl[index] or 0 for each in table.linears)
 
 
+@pytest.mark.slow
 def test_a_budget_of_bytes_is_that_of_the_file(wt2_8m: Path, table_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("quantize", wt2_8m, "-s", "int4", "--target-size", "7.8MB", "--sensitivity", table_file, "-o", out)
@@ -154,6 +156,7 @@ def test_a_table_is_written_and_read(table: SensitivityTable, table_file: Path, 
         SensitivityTable.load(table_file, model_sha256="f" * 64)
 
 
+@pytest.mark.slow
 def test_sensitivities_are_measured_and_used_again(stories260k: Path, calibration_text: Path, tmp_path: Path) -> None:
     out = tmp_path / "sensitivity.json"
     base = ("-s", "int4", "-S", "group_size=32", "--skip-unfit", "--calibration", calibration_text)
