@@ -198,7 +198,7 @@ def test_refit_is_least_squares_of_every_row(grid: IntGrid) -> None:
 
 
 @each_grid
-@each_coupling
+@pytest.mark.parametrize("coupled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["rows alone", "rows coupled"])
 def test_every_step_lowers_the_exact_loss(grid: IntGrid, coupled: bool) -> None:
     for seed in range(3):
         weight, metric = problem(70 if coupled else 9, 48, seed, coupled=coupled)
