@@ -28,6 +28,9 @@ from llmq.errors import SchemeError, ShapeError
 STORED_DTYPE = torch.bfloat16
 """Folded norms and biases are numbers of this dtype; fp32 holds them too."""
 
+FOLD_TURNS = 20
+"""Turns of the fit in `folded_scales`; each shrinks what gaps leave by the share of entries that are zero."""
+
 _NORM_PAIRS = (
     ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
@@ -159,6 +162,26 @@ def divide_stored(vector: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     folded = torch.where(fits, rounded, wide)
     exact = torch.where(fits, wide / torch.where(fits, rounded, 1.0), torch.where(wide == 0, wanted, 1.0))
     return folded.to(vector.dtype), exact
+
+
+def folded_scales(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what folding did to a weight: what its columns [K] were multiplied by, and its rows [N] divided by, fp32.
+
+    Both are fitted to the quotients of the entries, log(after / before) = log(columns) - log(rows), by turns: means over rows,
+    then over columns, again where zeros leave gaps. A factor that both share cannot be seen, and changes nothing: inputs are
+    divided by it, and outputs by it again.
+
+    Args:
+        before: [N, K].
+        after: [N, K] the same after any number of `fold_`.
+    """
+    live = (before != 0) & (after != 0)
+    quotients = torch.where(live, after.double() / torch.where(live, before.double(), 1.0), 1.0).log()
+    by_row = quotients.new_zeros(len(before), 1)
+    for _ in range(1 if bool(live.all()) else FOLD_TURNS):
+        by_column = torch.where(live, quotients - by_row, 0.0).sum(0) / live.sum(0).clamp_min(1)
+        by_row = torch.where(live, quotients - by_column, 0.0).sum(1, keepdim=True) / live.sum(1, keepdim=True).clamp_min(1)
+    return by_column.exp().float(), (-by_row[:, 0]).exp().float()
 
 
 def column_amax(block: nn.Module, pair: FoldPair) -> Tensor:

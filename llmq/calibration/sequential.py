@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.algorithms.folding import folded_scales
 from llmq.algorithms.report import LayerReport
 from llmq.algorithms.statistics import Needs, Statistics
 from llmq.calibration.activations import Activations, activation_dtype
@@ -138,6 +139,7 @@ class Walk:
         self._q: Activations | None = None
         self._f: Activations | None = None
         self._context: Any = None
+        self._folded: dict[str, tuple[Tensor, Tensor]] = {}
 
     def run(self, *, progress: Progress = SILENT) -> list[LayerReport]:
         """Quantize all stages.
@@ -289,13 +291,21 @@ class Walk:
             return Statistics(hessian, upstream)
         if self.settings.factors is None:
             raise SchemeError(f"{decision.scheme.name} needs Fisher factors of {decision.fqn}; give the walk `factors`.")
-        return Statistics(hessian, upstream, *self.settings.factors.read(decision.fqn))
+        inputs, outputs = self.settings.factors.read(decision.fqn)
+        if decision.fqn in self._folded:  # factors are of the original: x is divided by what columns are multiplied by
+            columns, rows = self._folded.pop(decision.fqn)
+            inputs, outputs = inputs / columns[:, None] / columns, outputs * rows[:, None] * rows
+        return Statistics(hessian, upstream, inputs, outputs)
 
     def _prepare(self, stage: Stage, block: BlockWork) -> None:
         """Let each scheme change the block's float weights; norms that changed go into the model."""
         for part, scheme in _by_scheme(stage, block):
             scheme.scheme.prepare_block(part, scheme.options)
         own = dict(stage.module.named_parameters())
+        for name, decision in stage.targets.items():
+            if decision.scheme is not None and Needs.FISHER in decision.scheme.needs:
+                before, after = plain_weight(own[f"{name}.weight"]).float(), block.linears[name].weight
+                self._folded[decision.fqn] = folded_scales(before, after)
         for name, parameter in block.module.named_parameters():
             if name.removesuffix(".weight") not in stage.targets and not torch.equal(parameter, plain_weight(own[name]).float()):
                 owner, _, leaf = name.rpartition(".")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmq.algorithms.folding import FoldPair, column_amax, divide_stored, fold_, fold_pairs
+from llmq.algorithms.folding import FoldPair, column_amax, divide_stored, fold_, fold_pairs, folded_scales
 from llmq.errors import SchemeError, ShapeError
 
 BIASED = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}
@@ -117,3 +117,18 @@ def test_refusals(tiny_llama: Callable[..., Any]) -> None:
     block.self_attn.o_proj = nn.Identity()
     with pytest.raises(SchemeError, match="is no linear"):
         fold_pairs(block)
+
+
+def test_folded_scales_are_read_from_the_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(12, 20, generator=generator)
+    before[2, 5] = before[7] = 0  # a zero tells nothing, and a row of zeros was not divided by anything
+    columns, rows = torch.rand(20, generator=generator) + 0.2, torch.rand(12, generator=generator) + 0.2
+    after = before * columns / rows[:, None]
+    found_columns, found_rows = folded_scales(before, after)
+    torch.testing.assert_close(before * found_columns / found_rows[:, None], after)
+    live = [row for row in range(12) if row != 7]
+    ratio = (found_columns / columns)[0]
+    torch.testing.assert_close(found_columns, columns * ratio, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found_rows[live], rows[live] * ratio, rtol=1e-5, atol=0)
+    assert all(torch.equal(found, torch.ones(len(found))) for found in folded_scales(before, before))

@@ -17,7 +17,8 @@ from llmq.ops.schema import Case
 
 WEIGHT = IntGrid(8, None, symmetric=True, zero_point="none", scale_dtype="float32")
 FORM = LinearFormat(WEIGHT, ActivationGrid(symmetric=True))
-PLAIN = FoldPair("norm", ("linear",), 32)
+STATIC = LinearFormat(WEIGHT, ActivationGrid(symmetric=True, static=True))
+PLAIN, PLAIN_128 = (FoldPair("norm", ("linear",), width) for width in (32, 128))
 
 
 def heavy_tailed(rows: int, width: int, seed: int = 0) -> Tensor:
@@ -38,7 +39,7 @@ def test_simulated_linear_is_the_reference_kernel(bias: bool) -> None:
         case = Case(FORM, 7, 33, torch.float32, "cpu")
         kernel = Reference()
         expected = kernel.linear((x / columns).reshape(12, 33), kernel.prepack(weight), linear.bias, case)
-        got = simulate(linear, factor)(x)
+        got = simulate(linear, factor, None)(x)
         assert got.shape == (3, 4, 7)
         torch.testing.assert_close(got.reshape(12, 7), expected, rtol=1e-5, atol=1e-5)
 
@@ -52,9 +53,40 @@ def test_noise_is_what_rounding_does() -> None:
     pair = FoldPair("norm", ("linear",), 128)
     for scale in (torch.ones(128), torch.logspace(-0.5, 0.5, 128), torch.logspace(0.5, -0.5, 128)):
         with torch.no_grad():
-            measured = (simulated_linear(FORM, None)(linear, scale)(x) - linear(x)).square().sum(1).mean()
+            measured = (simulated_linear(FORM, None)(linear, scale, None)(x) - linear(x)).square().sum(1).mean()
         # a token's largest input has no error, which is 1 of 128; 64 rows with one largest weight each, likewise
         assert 0.95 < measured / noise(scale, x, [linear.weight.detach()], pair, torch.ones(4000)) < 1.05
+
+
+@pytest.mark.parametrize("step", [0.02, 0.2], ids=["clips", "clips nothing"])
+def test_noise_of_a_static_step_is_what_rounding_and_clipping_do(step: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4000, 128, generator=generator)
+    linear = nn.Linear(128, 64, bias=False)
+    linear.weight = nn.Parameter(torch.randn(64, 128, generator=generator) * torch.logspace(-0.3, 0.3, 128))
+    weights, scale, steps = [linear.weight.detach()], torch.logspace(-0.2, 0.2, 128), torch.tensor([step])
+    with torch.no_grad():
+        simulated = simulated_linear(STATIC, None)(linear, scale, steps)
+        measured = (simulated(x) - linear(x)).square().sum(1).mean()
+    # what is clipped in one channel and in another are independent here, so that their products cancel
+    assert 0.93 < measured / noise(scale, x, weights, PLAIN_128, torch.ones(4000), steps) < 1.07
+    assert noise(scale, x, weights, PLAIN_128, torch.ones(4000), steps / 4) > noise(
+        scale, x, weights, PLAIN_128, torch.ones(4000), static_scale(x / scale, [weights[0] * scale], torch.ones(4000))
+    )
+
+
+def test_descent_for_a_static_step_lowers_the_static_error() -> None:
+    """A channel that is large always and one that is large rarely: with a token's own step the second may stay, here not."""
+    x, weight, one = heavy_tailed(600, 32), torch.randn(16, 32, generator=torch.Generator().manual_seed(1)), torch.ones(600)
+
+    def least(scale: Tensor) -> Tensor:
+        return noise(scale, x, [weight], PLAIN, one, static_scale(x / scale, [weight * scale], one))
+
+    start = torch.ones(32)
+    dynamic = learned_scale(x, [weight], PLAIN, start, SmoothOptions(), one)
+    static = learned_scale(x, [weight], PLAIN, start, SmoothOptions(), one, static_scale(x, [weight], one))
+    assert least(static) < 0.95 * least(dynamic)
+    assert least(static) < 0.5 * least(start)
 
 
 def test_noise_of_two_consumers_is_the_sum() -> None:
@@ -97,12 +129,13 @@ def test_paper_scale_is_equation_4() -> None:
     assert (silent > 0).all()
 
 
+@pytest.mark.parametrize("form", [FORM, STATIC], ids=["dynamic", "static"])
 @pytest.mark.parametrize("smoothing", ["alpha", "learned"])
 def test_block_keeps_its_function_and_loses_less(
-    tiny_llama: Callable[..., Any], block_work: Callable[..., Any], smoothing: Any
+    tiny_llama: Callable[..., Any], block_work: Callable[..., Any], smoothing: Any, form: LinearFormat
 ) -> None:
     work = block_work(tiny_llama(torch.float32))
-    reports = smooth_(work, FORM, None, SmoothOptions(smoothing, step=0.25, iterations=60))
+    reports = smooth_(work, form, None, SmoothOptions(smoothing, step=0.25, iterations=60))
     assert [report.producer for report in reports] == [pair.producer for pair in fold_pairs(work.module)]
     assert all(report.error <= report.plain_error for report in reports)
     assert reports[0].kept != "none"  # the norm has a channel 16 times larger than the others

@@ -5,14 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from llmq.algorithms.metric import Metric
+from llmq.algorithms.rounding import RoundingReport
+from llmq.algorithms.rtn import quantize_rtn
+from llmq.algorithms.statistics import Needs, Statistics
 from llmq.calibration.corpus import resolve_text
+from llmq.calibration.factors import FactorMemory
 from llmq.calibration.recorder import CalibrationSet, InputRecorder
-from llmq.calibration.sequential import quantize_sequential
+from llmq.calibration.sequential import WalkSettings, quantize_sequential
 from llmq.checkpoint import load_model, load_tokenizer_for, open_checkpoint
 from llmq.errors import SchemeError, UsageError
-from llmq.numerics.grid import ActivationGrid
+from llmq.numerics.grid import ActivationGrid, IntGrid
 from llmq.ops.tensor import QuantizedTensor
 from llmq.schemes.apply import quantize_
 from llmq.schemes.registry import resolve
@@ -34,15 +39,52 @@ def test_formats() -> None:
     assert dynamic.format == resolve("int8-dynamic").format
     assert static.format.activation == ActivationGrid(symmetric=True, static=True)
     assert dynamic.needs_calibration
-    assert (dynamic.prepares, dynamic.tunes) == (True, True)
+    assert (dynamic.prepares, dynamic.tunes, dynamic.rotates) == (True, False, True)
+    assert dynamic.needs == Needs.INPUTS | Needs.FISHER
+    inputs = resolve("int8-smoothquant", {"metric": "inputs"})
+    assert (inputs.tunes, inputs.needs) == (True, Needs.INPUTS)
     plain = resolve("int8-smoothquant", {"smoothing": "none", "compensate": "false"})
     assert (plain.prepares, plain.tunes) == (False, False)
-    assert {"alpha_step", "damping"}.isdisjoint(plain.options_json())
+    assert {"alpha_step", "damping", "metric"}.isdisjoint(plain.options_json())
     assert resolve("int8-smoothquant", {"compensate": "false", "activations": "static"}).tunes
     with pytest.raises(UsageError):
         resolve("int8-smoothquant", {"alpha_step": 0})
     with pytest.raises(SchemeError, match="use int8-dynamic"):
         dynamic.quantize_weight(torch.randn(4, 8), None, "some.linear")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("int8-smoothquant", {"alpha_step": 0.5}), ("int4-awq", {"rounding_by": "gptq", "metric": "fisher", "exponents": 3})],
+)
+def test_fisher_factors_go_with_the_folded_weight(
+    short_model: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]
+) -> None:
+    """tr(H_O W H_I W^T) is one number however scales are moved: with W' = W columns / rows, both factors follow."""
+    seen: list[tuple[Tensor, Statistics]] = []
+
+    def round_to_nearest(weight: Tensor, statistics: Statistics, grid: IntGrid, options: Any) -> Any:
+        seen.append((weight, statistics))
+        return quantize_rtn(weight, grid), RoundingReport(None, None)
+
+    module = "int8_smoothquant" if name == "int8-smoothquant" else "int4_gptq"
+    monkeypatch.setattr(f"llmq.schemes.{module}.round_linear", round_to_nearest)
+    model, windows = calibration(short_model, 4)
+    plain = {fqn: linear.weight.detach().clone() for fqn, linear in model.named_modules() if isinstance(linear, nn.Linear)}
+    factors = FactorMemory()
+    settings = WalkSettings(activations="fp32", factors=factors)
+    _, reports = quantize_sequential(model, resolve(name, options), windows, skip=["lm_head"], settings=settings)
+    assert len(seen) == len(reports) == 7 * 3
+    changed = 0
+    for report, (weight, statistics) in zip(reports, seen, strict=True):
+        inputs, outputs = factors.read(report.fqn)
+        before = plain[report.fqn]
+        assert statistics.input_factor is not None
+        assert statistics.output_factor is not None
+        expected = Metric(inputs, outputs).loss(before)
+        assert Metric(statistics.input_factor, statistics.output_factor).loss(weight) == pytest.approx(expected, rel=1e-3)
+        changed += not torch.equal(weight, before)
+    assert changed > 7
 
 
 @pytest.mark.slow
