@@ -53,9 +53,9 @@ def pending(suite: Suite, rows: list[Row], file: RecordFile, *, again: bool) -> 
 
 
 def evaluate(folder: Path, made: Made, evaluator: Evaluator) -> CandidateResult:
-    """Evaluate what a maker left: its float weights, or llmq's artefact where activations are quantized too."""
+    """Evaluate what a maker left: its float weights, or llmq's artefact where these are not all that differs."""
     with render.reporting(quiet=True) as progress:
-        if made.settings.get("activations"):
+        if made.settings.get("activations") or made.settings.get("rotation"):
             loaded = open_model(str(folder / ARTEFACT), None, Setup(dtype="fp32"))
             return evaluator.model(loaded.runner, progress)
         return evaluator.weights(folder, progress)

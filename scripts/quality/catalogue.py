@@ -101,6 +101,7 @@ def _llama_cpp(section: str, kind: str) -> Row:
 
 G128, G32, CHANNEL = "int4, groups of 128", "int4, groups of 32, and others of 4.5 to 5 bits", "int4, one scale a row"
 INT3, INT2, INT8, MIXED = "About 3 bits", "About 2 bits", "8 bits, activations too", "Mixed precision"
+ROTATIONS, INT8_PARTS = "Rotations folded into the weights", "What each part of int8-smoothquant gives"
 GPTQ_PARTS, YAQA_PARTS, BEST_PARTS, OTHER_PARTS = (
     f"What each part of {name} gives, groups of 128"
     for name in ("int4-gptq", "int4-yaqa", "int4-best", "int4-awq and int4-autoround")
@@ -163,7 +164,24 @@ def _rows() -> Iterator[Row]:
     yield _ours(INT8, "int8-dynamic", "int8-dynamic", 0)
     yield _ours(INT8, "int8-smoothquant", "int8-smoothquant", 128)
     yield _ours(INT8, "int8-smoothquant static", "int8-smoothquant", 128, activations="static")
+    yield _ours(INT8, "int8-smoothquant static unsmoothed", "int8-smoothquant", 128, activations="static", smoothing="none")
     yield from _ablations()
+    yield from _rotated()
+
+
+def _rotated() -> Iterator[Row]:
+    """Yield rows with rotations folded into the weights, beside the row without."""
+    for base, scheme, windows, options in ROTATED:
+        for kind in ("heads", "residual", "both"):
+            row = _ours(ROTATIONS, f"{base} rotated: {kind}", scheme, windows, "--rotate", kind, **options)
+            yield replace(row, base="int4 RTN asym g=128")
+    for base, options in (("", {}), ("unsmoothed ", {"smoothing": "none"}), ("inputs ", {"metric": "inputs"})):
+        for kind in ("none", "both"):
+            row = _ours(
+                INT8_PARTS, f"int8-smoothquant {base}rotated: {kind}", "int8-smoothquant", 128, "--rotate", kind, **options
+            )
+            yield replace(row, base="int8-dynamic")
+    yield replace(_ours(INT8_PARTS, "int8-dynamic rotated: both", "int8-dynamic", 0, "--rotate", "both"), base="int8-dynamic")
 
 
 def _ablations() -> Iterator[Row]:
@@ -182,6 +200,15 @@ _PARTS: tuple[Mapping[str, Any], ...] = (
     {"sweeps": 0},
     {"act_order": "false"},
 )
+ROTATED: tuple[tuple[str, str, int, Mapping[str, Any]], ...] = (
+    ("int4 RTN asym g=128", "int4", 0, {"group_size": 128, "search": "range"}),
+    ("int4-gptq asym g=128", "int4-gptq", 128, {"group_size": 128}),
+    ("int4 RTN per channel", "int4", 0, {"group_size": "channel", "search": "range"}),
+    ("int4-gptq per channel", "int4-gptq", 128, {"group_size": "channel"}),
+    ("int3 RTN g=128", "int3", 0, {"group_size": 128, "search": "range"}),
+    ("int3-gptq g=128", "int3-gptq", 128, {"group_size": 128}),
+)
+"""Row without rotations, scheme, windows and options of it."""
 ABLATIONS: tuple[tuple[str, str, str, tuple[Mapping[str, Any], ...]], ...] = (
     (
         GPTQ_PARTS,

@@ -1,7 +1,7 @@
 """llmq itself, by its own command line. Runs in llmq's environment.
 
 The artefact that `llmq quantize` writes is kept in the folder: it is evaluated as it is when it quantizes activations too, which
-plain weights cannot show.
+plain weights cannot show, or when it is rotated, which changes the embedding and the head.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def main() -> None:
             assert not integer, name  # embeddings and head stay untouched
     notes = [f"{report['fqn']}: {report['fallback']}" for report in checkpoint.manifest.layers if report.get("fallback")]
     notes += [f"{fqn} left alone: {why}" for fqn, why in checkpoint.manifest.skipped.items() if fqn != "lm_head"]
-    resolved = {"options": checkpoint.manifest.options, "activations": dynamic}
+    rotation = checkpoint.manifest.rotation
+    resolved = {"options": checkpoint.manifest.options, "activations": dynamic, "rotation": rotation}
     made = Made(stored / elements, cost, {"llmq": __version__, **versions_of("torch")}, resolved, notes)
     hand_over(Path(order.out), {name: weight.numpy() for name, weight in weights.items()}, made)
 
