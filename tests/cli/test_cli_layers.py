@@ -250,7 +250,7 @@ def test_candidates_by_default_and_by_name() -> None:
         (("int5",), "unknown scheme"),
         (("int4:group=3",), "no option"),
         (("bf16",), "baseline"),
-        (("int8-smoothquant:activations=static",), "calibrated scale of its inputs"),
+        (("int8-smoothquant:activations=static,compensate=false",), "calibrated scale of its inputs"),
     ):
         with pytest.raises(UsageError, match=message):
             settle_candidates(wrong, resolve("int4"))
