@@ -35,6 +35,10 @@ check: $(VENV)/.dev  ## Style, types, import floors, generated documents
 	@$(BIN)/lint-imports
 	@$(BIN)/python scripts/docs.py --check
 
+.PHONY: gate
+gate: $(VENV)/.run  ## Judge the bundled model's quality and speed by the committed baseline (about a minute); reports in build/gate
+	@$(BIN)/llmq --history off ci --out build/gate
+
 .PHONY: style
 style: $(VENV)/.dev  ## Mend what can be mended by itself
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

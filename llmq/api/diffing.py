@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import hypot
 from pathlib import Path
@@ -68,7 +68,14 @@ def diff_files(baseline: str, candidate: str, tolerances: Path | None = None, fi
     return found
 
 
-def diff_runs(baseline: Run, candidate: Run, tolerances: Tolerances, *, further: Sequence[Finding] = ()) -> Diff:
+def diff_runs(
+    baseline: Run,
+    candidate: Run,
+    tolerances: Tolerances,
+    *,
+    further: Sequence[Finding] = (),
+    speed_of: Callable[[Pair], Sequence[str]] | None = None,
+) -> Diff:
     """Judge every metric that two runs have in common, and say what they have not.
 
     Args:
@@ -76,6 +83,7 @@ def diff_runs(baseline: Run, candidate: Run, tolerances: Tolerances, *, further:
         candidate: what is judged.
         tolerances: how much worse it may be.
         further: verdicts that were reached otherwise.
+        speed_of: returns the metrics of a pair of speed records that are judged; None: `shared_speeds`.
     """
     pairing = pair_runs(baseline, candidate, tolerances.missing)
     findings: dict[str, list[Finding]] = {}
@@ -83,7 +91,7 @@ def diff_runs(baseline: Run, candidate: Run, tolerances: Tolerances, *, further:
         found = findings.setdefault(label, [])
         for pair in pairs:
             if pair.kind in SPEED:
-                found += _speed(pair, tolerances)
+                found += _speed(pair, (speed_of or shared_speeds)(pair), tolerances)
             else:
                 found += _Quality.of(pair, baseline, candidate, tolerances).findings()
         found += _kernels(label, pairs, tolerances)
@@ -193,24 +201,30 @@ def _unpaired(before: Metric, after: Metric) -> Estimate:
     return Estimate(after.value - before.value, stderr)
 
 
-def _speed(pair: Pair, tolerances: Tolerances) -> list[Finding]:
-    """Judge tokens/s, or where both runs have it the ratio to another scheme of the same rounds, which drifts less."""
-    what = Metered(pair.label, pair.kind, f"{pair.kind} tokens/s{pair.apart}", "tokens/s", worse=-1)
-    other = first_field(machine_of(pair.baseline.environment), machine_of(pair.candidate.environment))
-    if other is not None:
-        return [unjudged(what, Verdict.OTHER_MACHINE, "note", f"speed is not compared between machines: {other}")]
+def shared_speeds(pair: Pair) -> list[str]:
+    """Return the ratios to another scheme of the same rounds that both records have, which drift less; else tokens/s."""
     shared = [name for name in pair.baseline.metrics if name.startswith(RATIO_TO) and name in pair.candidate.metrics]
+    return shared or ["tokens_per_s"]
+
+
+def _speed(pair: Pair, names: Sequence[str], tolerances: Tolerances) -> list[Finding]:
+    """Judge those metrics of a pair, if both records are of one machine."""
+    other = first_field(machine_of(pair.baseline.environment), machine_of(pair.candidate.environment))
     found = []
-    for name in shared or ["tokens_per_s"]:
-        ratio = f"{pair.kind} {ratio_name(name)}{pair.apart}"
-        measured = Metered(pair.label, pair.kind, ratio, "x", worse=-1) if shared else what
-        sides = [record.metrics[name].samples or [] for record in (pair.candidate, pair.baseline)]
-        if min(map(len, sides)) < 2:
+    for name in names:
+        ratio = name.startswith(RATIO_TO)
+        said = f"{pair.kind} {ratio_name(name) if ratio else 'tokens/s'}{pair.apart}"
+        what = Metered(pair.label, pair.kind, said, "x" if ratio else "tokens/s", worse=-1)
+        sides = [record.metrics[name].samples or [] for record in (pair.candidate, pair.baseline) if name in record.metrics]
+        if other is not None:
+            why = f"speed is not compared between machines: {other}"
+            found.append(unjudged(what, Verdict.OTHER_MACHINE, "note", why))
+        elif len(sides) < 2 or min(map(len, sides)) < 2:
             why = "a ratio of medians needs at least two repeats on both sides"
-            found.append(unjudged(measured, Verdict.NOT_COMPARABLE, "incomparable", why))
-            continue
-        floor = floor_beside(pair, name, tolerances)
-        found.append(judge_speed(measured, sides[0], sides[1], tolerances.speed, floor=floor))
+            found.append(unjudged(what, Verdict.NOT_COMPARABLE, "incomparable", why))
+        else:
+            floor = floor_of([pair.baseline, pair.candidate], name, tolerances)
+            found.append(judge_speed(what, sides[0], sides[1], tolerances.speed, floor=floor))
     return found
 
 
@@ -219,17 +233,20 @@ def ratio_name(metric: str) -> str:
     return f"speed / {metric.removeprefix(RATIO_TO)}"
 
 
-def floor_beside(pair: Pair, name: str, tolerances: Tolerances) -> float | None:
-    """Return the noise floor of a comparison of the metric `name`: of both runs together, None where neither measured one."""
+def floor_of(records: Sequence[ResultRecord], name: str, tolerances: Tolerances) -> float | None:
+    """Return the noise floor beside the metric `name`: of all these records together, None where none measured one.
+
+    Runs are independent, so their errors add in quadrature.
+    """
     floors = [
         noise_floor(samples, tolerances.speed)
-        for record in (pair.baseline, pair.candidate)
+        for record in records
         for measured, metric in record.metrics.items()
         if measured.startswith(ITSELF)
         and (not name.startswith(RATIO_TO) or measured.removeprefix(ITSELF) == name.removeprefix(RATIO_TO))
         and len(samples := metric.samples or []) > 1
     ]
-    return sum(floors) if floors else None
+    return hypot(*floors) if floors else None
 
 
 def _kernels(label: str, pairs: Sequence[Pair], tolerances: Tolerances) -> list[Finding]:

@@ -20,7 +20,7 @@ def could_not_run() -> Iterator[None]:
     """Turn every error into a `GateError`, so that none is taken for a verdict."""
     try:
         yield
-    except (GateError, Interrupted, typer.Exit):
+    except (GateError, Interrupted, typer.Exit, BrokenPipeError):
         raise
     except Exception as error:
         raise GateError(str(error) or type(error).__name__) from error

@@ -32,6 +32,8 @@ _COUNTED: dict[Outcome, str] = {
     "note": "only noted",
 }
 _COLUMNS = ("scheme", "metric", "baseline", "candidate", "change", "tolerated", "noise floor", "verdict")
+_SMALL = 1e-5
+"""Intervals below are written with exponents."""
 _LEFT = ("scheme", "metric", "verdict")
 
 
@@ -159,6 +161,8 @@ def _change(finding: Finding) -> str:
     if finding.low is None or finding.high is None:
         exact = f"{finding.change:+,.0f} B" if finding.change_unit == "bytes" else f"{finding.change:+.4g}{unit}"
         return "0" if finding.change == 0 else exact
+    if 0 < max(abs(finding.low), abs(finding.high)) < _SMALL:
+        return f"{finding.change:+.1e} [{finding.low:+.1e}, {finding.high:+.1e}]{unit}"
     decimals = _decimals((finding.high - finding.low) / 2)
     return f"{finding.change:+.{decimals}f} [{finding.low:+.{decimals}f}, {finding.high:+.{decimals}f}]{unit}"
 

@@ -23,6 +23,9 @@ from llmq.results.tolerances import Reaction, SpeedTolerances
 Outcome = Literal["pass", "note", "warn", "fail", "incomparable"]
 """What a verdict means for the whole: `fail` ends with exit code 1, `incomparable` with 2, the others with 0."""
 
+_FP32_STEP = 2.0**-23
+"""Figures of tokens are stored in fp32; a change of their mean below this share of it is rounding, and no change at all."""
+
 OUTCOME_OF: dict[Reaction, Outcome] = {"fail": "fail", "warn": "warn", "allow": "note"}
 
 
@@ -136,6 +139,9 @@ def judge_change(what: Metered, change: Change, tolerance: float, confidence: fl
     least = low if what.worse > 0 else -high  # how much worse it is at the least
     most = high if what.worse > 0 else -low
     said = f"{what.metric} is worse by {plain(least)} {what.unit} at the least ({confidence:.0%})"
+    rounding = _FP32_STEP * abs(change.baseline)
+    if least > -rounding and most < rounding:
+        least, most = min(least, 0.0), max(most, 0.0)
     verdict, outcome, reason = _graded(least, most, tolerance, f"{said}; tolerated: {plain(tolerance)}")
     return Finding(**_named(what), verdict=verdict, outcome=outcome, reason=reason, low=low, high=high, **numbers)
 

@@ -53,6 +53,13 @@ def test_a_change_is_judged_by_the_better_end_of_its_interval(value: float, verd
     assert (mirrored.verdict, mirrored.outcome) == (verdict, outcome)
 
 
+def test_rounding_of_stored_figures_is_no_change() -> None:
+    other_cpu = judge_change(LOSS, change(1.1e-7, 1e-9, units=32), 0.002, 0.99)  # 3 nats in fp32 have steps of 2.4e-7
+    assert other_cpu.verdict == Verdict.OK
+    assert judge_change(LOSS, change(-1.1e-7, 1e-9, units=32), 0.002, 0.99).verdict == Verdict.OK
+    assert judge_change(LOSS, change(1e-6, 1e-9, units=32), 0.002, 0.99).verdict == Verdict.WORSE
+
+
 def test_few_windows_cannot_fail_and_one_is_not_comparable() -> None:
     assert judge_change(LOSS, change(0.06, 0.00097, units=2), 0.002, 0.99).outcome == "pass"  # t of 1 degree is 63.7
     for alone in (change(0.5, None), change(0.5, 0.01, units=1)):

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from llmq.cli.render.console import grid, print_json, stdout
+from llmq.cli.render.console import grid, print_json, stderr, stdout
 
 if TYPE_CHECKING:
+    from llmq.api.ci import GateResult
     from llmq.results.diff import Diff
     from llmq.results.verdict import Outcome
 
@@ -51,3 +52,15 @@ def diff(found: Diff, *, markdown: bool = False, json: bool = False) -> None:
     for line in [*found.reasons(), *found.notes]:
         console.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True)
     console.print(f"[{_RESULTS[found.result]}]{escape(found.headline())}[/]", soft_wrap=True)
+
+
+def gate(result: GateResult, *, json: bool) -> None:
+    """Show what `llmq ci` found, or that it has written a baseline."""
+    if result.diff is None:
+        stderr().print(
+            f"  {len(result.records)} records written to {result.baseline}; commit it and its .tokens folder", soft_wrap=True
+        )
+        return
+    diff(result.diff, json=json)
+    for path in result.written:
+        stderr().print(f"  written: {path}", soft_wrap=True)
