@@ -13,6 +13,7 @@ from llmq.api.evaluating import Question, notes_of, quality_records, scored
 from llmq.api.loading import DTYPES, Loaded, Setup, open_model
 from llmq.api.recipes import Recipe
 from llmq.benchmark.decode import bench_model, bench_models
+from llmq.benchmark.machine import Bandwidth
 from llmq.benchmark.speed import BenchPlan
 from llmq.calibration.corpus import TextSource
 from llmq.errors import UsageError, suggest
@@ -156,8 +157,7 @@ def compare_schemes(request: CompareRequest, setup: Setup | None = None, *, prog
                 if plan and resident:
                     models.append(loaded)
                 elif plan:
-                    report = bench_model(loaded.runner, plan, kv_dtype=loaded.kv_dtype, bandwidth=bandwidth, progress=told)
-                    records += report.records(loaded.subject(), loaded.setup.environment(), notes=[loaded.runtime.note])
+                    records += measure_speed(loaded, plan, bandwidth, told)
     if plan and resident:
         kv_dtypes = [loaded.kv_dtype for loaded in models]
         turns = [loaded.runner for loaded in models]
@@ -179,6 +179,12 @@ def measure_quality(
             scored(loaded), loaded.tokenizer, text, logits.plan.protocol, reference=logits, progress=progress
         )
     return quality_records(loaded, both.perplexity, (both.divergence, other), usage.linears(), notes_of(loaded, text))
+
+
+def measure_speed(loaded: Loaded, plan: BenchPlan, bandwidth: Bandwidth | None, progress: Progress) -> list[ResultRecord]:
+    """Prefill and decode of one candidate by itself."""
+    report = bench_model(loaded.runner, plan, kv_dtype=loaded.kv_dtype, bandwidth=bandwidth, progress=progress)
+    return report.records(loaded.subject(), loaded.setup.environment(), notes=[loaded.runtime.note])
 
 
 def _fits(reference: Loaded, count: int) -> bool:

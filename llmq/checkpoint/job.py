@@ -243,7 +243,7 @@ class Job:
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    different = _differences(found, wanted)
+    different = differences(found, wanted)
     if different:
         raise UsageError(
             f"{folder} holds an unfinished job that differs: {'; '.join(different)}. Run that one again to finish it, choose "
@@ -251,11 +251,11 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> 
         )
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+def differences(found: Any, wanted: Any, name: str = "") -> list[str]:
     """Say what differs, by the names of the innermost values: 'options.group_size was 128, is 64'."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         inside = name and f"{name}."
-        return [what for key in {**found, **wanted} for what in _differences(found.get(key), wanted.get(key), f"{inside}{key}")]
+        return [what for key in {**found, **wanted} for what in differences(found.get(key), wanted.get(key), f"{inside}{key}")]
     return [] if found == wanted else [f"{name} was {_short(found)}, is {_short(wanted)}"]
 
 

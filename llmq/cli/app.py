@@ -118,6 +118,7 @@ from llmq.cli import (  # noqa: E402
     history,
     inspect,
     layers,
+    matrix,
     mixing,
     plan,
     quantize,
@@ -129,5 +130,20 @@ from llmq.cli import (  # noqa: E402
 _GROUPS = {"eval": eval_app, "bench": bench_app, "report": report_app, "history": history_app}
 for name, group in _GROUPS.items():
     app.add_typer(group, name=name)
-for register in (compare, quantize, mixing, plan, inspect, evaluate, layers, bench, report, report_html, diff, history, system):
+for register in (
+    compare,
+    matrix,
+    quantize,
+    mixing,
+    plan,
+    inspect,
+    evaluate,
+    layers,
+    bench,
+    report,
+    report_html,
+    diff,
+    history,
+    system,
+):
     register.register(app, _GROUPS.get(register.GROUP, app))

@@ -5,6 +5,7 @@ from llmq.cli.render.diff import diff
 from llmq.cli.render.facts import calibration_set, description, environment, kernels, plan, quantized, schemes, stream
 from llmq.cli.render.history import done, exported, imported, plotted, run_list, stored_run
 from llmq.cli.render.layers import explanation
+from llmq.cli.render.matrix import matrix
 from llmq.cli.render.mixing import mixture, sensitivities
 from llmq.cli.render.pages import pages_written
 from llmq.cli.render.tables import (
@@ -35,6 +36,7 @@ __all__ = [
     "imported",
     "kernel_speeds",
     "kernels",
+    "matrix",
     "mixture",
     "pages_written",
     "plan",
