@@ -16,6 +16,7 @@ from llmq.errors import CheckpointError, KernelError, OutputError, SchemeError, 
 COMMANDS = [
     ["compare"],
     ["demo"],
+    ["matrix"],
     ["quantize"],
     ["plan"],
     ["calibrate"],
