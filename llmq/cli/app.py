@@ -112,6 +112,7 @@ def _root(
 # Importing a command's module registers it; none of them imports torch before it runs.
 from llmq.cli import (  # noqa: E402
     bench,
+    ci,
     compare,
     diff,
     evaluate,
@@ -143,6 +144,7 @@ for register in (
     report,
     report_html,
     diff,
+    ci,
     history,
     system,
 ):

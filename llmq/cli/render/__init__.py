@@ -1,7 +1,7 @@
 """Everything that llmq prints."""
 
 from llmq.cli.render.console import records_or_json, reporting, save_records
-from llmq.cli.render.diff import diff
+from llmq.cli.render.diff import diff, gate
 from llmq.cli.render.facts import calibration_set, description, environment, kernels, plan, quantized, schemes, stream
 from llmq.cli.render.history import done, exported, imported, plotted, run_list, stored_run
 from llmq.cli.render.layers import explanation
@@ -33,6 +33,7 @@ __all__ = [
     "evaluation",
     "explanation",
     "exported",
+    "gate",
     "imported",
     "kernel_speeds",
     "kernels",
