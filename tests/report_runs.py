@@ -149,7 +149,8 @@ def layers_record(scheme: str = "int4-gptq") -> ResultRecord:
         for layer in range(LAYERS)
         for place, kind in enumerate(KINDS_OF_LINEAR)
     }
-    return record("layers", scheme, {"kl_mean": Metric(value=0.01, unit="nats/token")}, {}, details=Details(layers=found))
+    made = record("layers", scheme, {"kl_mean": Metric(value=0.01, unit="nats/token")}, {}, details=Details(layers=found))
+    return made.model_copy(update={"subject": made.subject.model_copy(update={"kv_cache": None})})
 
 
 def bandwidth_record() -> ResultRecord:

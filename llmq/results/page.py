@@ -98,12 +98,19 @@ def _section(number: int, group: Group, progress: Progress) -> Section:
             svg = Markup(to_inline_svg(plot, f"s{number}-{plot.name}"))  # noqa: S704 - its texts were escaped as XML
             drawn.append(Figure(plot.name, plot.title, plot.caption, svg, isinstance(plot, HeatMaps)))
             advance(1)
-    subjects = [record.subject for record in group.records]
-    labelled = [(subject_label(record.subject, subjects), record) for record in group.records]
-    order = list(dict.fromkeys(label for label, _ in labelled))
-    labelled.sort(key=lambda pair: order.index(pair[0]))
-    title = table.title if table is not None else f"{subjects[0].model}: one linear at a time"
+    labelled = _labelled(group.records)
+    title = table.title if table is not None else f"{group.records[0].subject.model}: one linear at a time"
     return Section(number, title, group.runs, _apart(group.apart), table, headings, rows, drawn, labelled)
+
+
+def _labelled(records: Sequence[ResultRecord]) -> list[tuple[str, ResultRecord]]:
+    """Return records with the labels that they have in the table and in the plots, those of one label together."""
+    found: dict[str, list[ResultRecord]] = {}
+    for alike in ([record for record in records if (record.kind in KINDS) is in_table] for in_table in (True, False)):
+        subjects = [record.subject for record in alike]
+        for record in alike:
+            found.setdefault(subject_label(record.subject, subjects), []).append(record)
+    return [(label, record) for label, own in found.items() for record in own]
 
 
 def _apart(found: Difference | None) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -13,17 +15,35 @@ from report_runs import SCHEMES, bandwidth_record, example_run, layers_record
 from llmq.api.htmling import write_html
 from llmq.results.run import run_in_memory
 
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "report_screenshots.py"
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def screenshots() -> ModuleType:
+    """The script that photographs pages, and knows where Chromium is."""
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[SCRIPT.stem] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def chromium(screenshots: ModuleType) -> str:
     """The system's Chromium: nothing is downloaded."""
-    found = next(filter(None, map(shutil.which, CHROMIUMS)), None)
+    found = screenshots.chromium()
     if found is None:
         pytest.skip("no Chromium on this machine; `make browser` installs it where apt can")
+    return str(found)
+
+
+@pytest.fixture(scope="session")
+def browser(chromium: str) -> Iterator[Browser]:
+    """Chromium, running."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found)
+        browser = playwright.chromium.launch(executable_path=chromium)
         yield browser
         browser.close()
 

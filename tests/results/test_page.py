@@ -135,6 +135,13 @@ def test_every_record_is_there_with_how_and_where_it_was_measured(page: Page, te
     assert "b" * 10 not in text  # the tokenizer's hash is nobody's business here
 
 
+def test_records_have_the_labels_of_their_rows(page: Page) -> None:
+    """A record without a KV cache, as of single linears, makes nobody else say which one theirs is."""
+    names = [words for _, words in page.all("strong") if words != "Do not compare figures of one section with those of another."]
+    assert names[::4][:4] == ["bf16", "int8-weight-only", "int8-dynamic", "int4-gptq group_size=32"]
+    assert not [name for name in names if "kv=" in name]
+
+
 def test_it_can_be_used_by_keyboard_and_screen_reader(page: Page) -> None:
     (skip,) = page.all("a", class_="skip")
     assert skip[0]["href"] == "#main"

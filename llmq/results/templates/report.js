@@ -44,6 +44,3 @@ const scrollable = new ResizeObserver((entries) => {
   }
 });
 document.querySelectorAll(".scroll").forEach((region) => scrollable.observe(region));
-
-// On paper everything is open.
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((details) => { details.open = true; }));
