@@ -204,6 +204,7 @@ def test_codes_are_frozen_and_scales_are_of_the_stored_dtype(original: Llama, di
     assert distilled.norms.keys() == {name for name, parameter in original.named_parameters() if parameter.ndim == 1}
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(original: Llama, tokens: Tensor, distilled: Distilled) -> None:
     again = distill(quantized(original), original, tokens, settings=replace(SETTINGS, hold=False))
     assert again.report.to_json() == distilled.report.to_json()
@@ -211,6 +212,7 @@ def test_the_same_run_gives_the_same_bytes(original: Llama, tokens: Tensor, dist
         assert all(torch.equal(a, b) for a, b in zip(weight.tensors, distilled.weights[name].tensors, strict=True))
 
 
+@pytest.mark.slow
 def test_processes_share_windows_and_get_the_same_weights(original: Llama, tokens: Tensor, distilled: Distilled) -> None:
     """Sums in another order are other numbers in their last bits, and rounding to bf16 makes steps of them here and there; so
     what is compared with one process is what it measures."""

@@ -118,7 +118,9 @@ def test_float32_equals_torch(make, config, scheme):
     assert distance(in_pieces(runner, tokens, torch.float32), expected) < bound
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float32, torch.int8])
+@pytest.mark.parametrize(
+    "kv_dtype", [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.int8))]
+)
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "fp32"])
 def test_bfloat16_is_as_near_to_float32_as_torch_is(make, scheme, kv_dtype):
     """Rounding leaves no exact result, so both are measured from the same quantized model in fp32."""
