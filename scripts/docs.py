@@ -19,6 +19,7 @@ from quality.report import generated as quality_plots
 from quality.report import marker, record_files, section_text
 
 from llmq.errors import UsageError
+from llmq.results.layers import layers_section
 from llmq.results.markdown import update_marked_section
 from llmq.results.store import read_records
 from llmq.results.table import comparison_table
@@ -26,6 +27,7 @@ from llmq.results.table import comparison_table
 REPO = Path(__file__).resolve().parent.parent
 RECORDS = REPO / "configs" / "baselines"
 PEER_RECORDS = REPO / "configs" / "peers"
+LAYER_RECORDS = REPO / "configs" / "explain"
 
 
 def cli_reference() -> str:
@@ -49,6 +51,9 @@ def generated() -> dict[Path, str]:
             raise UsageError(f"no document has a line '<!-- begin {name} -->' for the table of {path.name}; write it.")
         for document in homes:
             texts[document] = update_marked_section(texts[document], name, table_of(read_records(path)))
+    page = REPO / "docs" / "explain.md"
+    for path in sorted(LAYER_RECORDS.glob("*.jsonl")):
+        texts[page] = update_marked_section(texts[page], f"explain-{path.stem}", layers_section(read_records(path)[-1]))
     page = REPO / "docs" / "quality.md"
     for path in record_files(REPO):
         texts[page] = update_marked_section(texts[page], marker(path.stem), section_text(path))

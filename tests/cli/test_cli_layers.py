@@ -21,7 +21,8 @@ from llmq.api.original_pair import open_pair
 from llmq.api.recipes import Recipe
 from llmq.errors import UsageError
 from llmq.evaluation.originals import numbers, weight_of
-from llmq.results.layers import block_table, linear_table, order_of, pick_table, verification_table
+from llmq.results.layers import block_table, layers_section, linear_table, order_of, pick_table, verification_table
+from llmq.results.markdown import to_markdown
 from llmq.results.record import ResultRecord
 from llmq.schemes.overrides import Override
 from llmq.schemes.registry import resolve
@@ -132,6 +133,9 @@ def test_tables_say_the_same(found: dict[str, Any]) -> None:
     assert picks.rows[0][1].startswith("-")
     assert proof is not None
     assert len(proof.rows) == 3
+    section = layers_section(record)
+    for content in (blocks, worst, picks, proof):
+        assert to_markdown(content) in section
     with pytest.raises(UsageError, match="of kind decode says nothing"):
         block_table(record.model_copy(update={"kind": "decode"}))
     with pytest.raises(UsageError, match="worst or layer, got 'size'"):
