@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llmq.cli import options as o
-from llmq.cli.verdicts import EXIT_CODES, could_not_run
+from llmq.cli.verdicts import EXIT_CODES, VerdictCommand, could_not_run
 
 GROUP = ""
 DEFAULT_RECIPE = Path("configs/recipes/wt2-8m.toml")
@@ -16,7 +16,7 @@ DEFAULT_RECIPE = Path("configs/recipes/wt2-8m.toml")
 
 def register(app: typer.Typer, _: typer.Typer) -> None:
     """Add the command."""
-    app.command("ci", epilog=EXIT_CODES)(ci)
+    app.command("ci", cls=VerdictCommand, epilog=EXIT_CODES)(ci)
 
 
 def ci(

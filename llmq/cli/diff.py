@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmq.cli.verdicts import EXIT_CODES, could_not_run
+from llmq.cli.verdicts import EXIT_CODES, VerdictCommand, could_not_run
 
 GROUP = "report"
 
@@ -20,7 +20,7 @@ Tolerances = Annotated[
 
 def register(_: typer.Typer, group: typer.Typer) -> None:
     """Add the command."""
-    group.command("diff", epilog=EXIT_CODES)(diff)
+    group.command("diff", cls=VerdictCommand, epilog=EXIT_CODES)(diff)
 
 
 def diff(

@@ -42,6 +42,8 @@ def test_exit_codes_are_verdicts(files: dict[str, Path], tmp_path: Path) -> None
     bad.write_text("[qualty]\n")
     unknown = run_llmq("report", "diff", base, files["same"], "--tolerances", bad, code=3)
     assert "Did you mean 'quality'?" in unknown.output
+    assert "No such option" in run_llmq("report", "diff", base, files["same"], "--nonsense", code=3).output
+    run_llmq("report", "diff", base, code=3)
 
 
 def test_damaged_files_could_not_run(files: dict[str, Path]) -> None:
