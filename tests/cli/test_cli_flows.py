@@ -185,6 +185,7 @@ def test_compare_on_a_llama2c_file(stories260k: Path, evaluation_text: Path, cal
     assert "does not fit" in result.stdout
 
 
+@pytest.mark.slow
 def test_bench_tokens_per_second(int4_artefact: Path) -> None:
     arguments = ("--batch-sizes", "1,2", "--prompt-lengths", "16", "--contexts", "8,24", "--new-tokens", 2, "--repeats", 2)
     found = records_of(run_llmq("bench", "tokens-per-second", int4_artefact, *arguments, "--json"))

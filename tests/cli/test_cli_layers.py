@@ -67,6 +67,7 @@ def found(damaged: Path, short_model: Path, evaluation_text: Path, tmp_path_fact
     return record
 
 
+@pytest.mark.slow
 def test_a_damaged_linear_is_found_and_its_override_is_named(found: dict[str, Any], damaged: Path, short_model: Path) -> None:
     layers = found["details"]["layers"]
     assert found["kind"] == "layers"
@@ -92,6 +93,7 @@ def test_a_damaged_linear_is_found_and_its_override_is_named(found: dict[str, An
         assert metrics[name]["value"] > 3 * metrics[name]["stderr"] > 0
 
 
+@pytest.mark.slow
 def test_what_is_recommended_can_be_pasted_and_takes_the_bytes_that_are_named(
     found: dict[str, Any], damaged: Path, short_model: Path
 ) -> None:
@@ -114,6 +116,7 @@ def test_what_is_recommended_can_be_pasted_and_takes_the_bytes_that_are_named(
     assert together.size.bytes - size == found["metrics"]["picks_bytes"]["value"]
 
 
+@pytest.mark.slow
 def test_tables_say_the_same(found: dict[str, Any]) -> None:
     record = ResultRecord.model_validate(found)
     layers = record.details.layers

@@ -154,6 +154,7 @@ def test_it_can_be_used_by_keyboard_and_screen_reader(page: Page) -> None:
     assert toggle[0]["aria-pressed"] == "false"
 
 
+@pytest.mark.slow
 def test_the_same_records_give_the_same_page() -> None:
     assert render_page([example_run()]) == render_page([example_run()])
 

@@ -186,6 +186,7 @@ def test_lengths_beyond_the_context(run) -> None:
     assert run("llmq-int4", "--ops", "decode,swim")[0] == 2
 
 
+@pytest.mark.slow
 def test_an_environment_that_cannot_be_made(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peers import environments
 
