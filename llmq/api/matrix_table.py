@@ -101,7 +101,10 @@ def matrix_table(rows: Sequence[MatrixRow], records: Sequence[ResultRecord]) -> 
     headings = [heading for heading in cells[0] if any(each[heading].text not in (figures.ABSENT, "") for each in cells)]
     header = {key: value for key, value in common.header.items() if key not in ("kernels", "±")}
     header["±"] = "one standard error, of the text; differences from the reference are paired token by token"
-    notes = ["Pareto: no other row is both closer to the original (KL) and smaller (size), or faster in decode (speed)."]
+    notes = [
+        "Pareto: no other row is both closer to the original (KL) and smaller (size), or faster in decode (speed); figures count "
+        "as they stand, whatever their errors."
+    ]
     if any(len(row.seeds) > 1 for row in rows):
         notes.insert(0, "figures are means over the seeds; 'seeds' is the standard deviation between them.")
     if any(_benched(row) for row in rows):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from llmq.errors import UsageError, suggest
 from llmq.files import atomic_path
+from llmq.results.palette import series_colour, series_marker
 from llmq.results.record import Metric, ResultRecord, Subject
 from llmq.results.table import subject_label
 
@@ -83,19 +84,26 @@ def draw(panels: Sequence[Panel], metric: str, out: Path, *, force: bool = False
     if out.suffix not in SUFFIXES:
         raise UsageError(f"a plot is written as {' or '.join(SUFFIXES)}; got {out.name}.")
     figure = Figure(figsize=(9, 1 + 3.2 * len(panels)), layout="constrained")
-    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+    labels = list(dict.fromkeys(series.label for panel in panels for series in panel.series))
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0], panels, strict=True):
         for series in panel.series:
+            look = labels.index(series.label)  # of one scheme the same in all panels
             moments = [moment for moment, _ in series.points]
             values = [each.value for _, each in series.points]
             errors = [each.stderr or 0.0 for _, each in series.points]
-            axes.errorbar(moments, values, yerr=errors, label=series.label, marker="o", markersize=4, linewidth=1, capsize=3)
+            style = {"color": series_colour(look), "marker": series_marker(look), "markersize": 5, "linewidth": 1, "capsize": 3}
+            axes.errorbar(moments, values, yerr=errors, label=series.label, **style)
         locator = AutoDateLocator()  # type: ignore[no-untyped-call]
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
         axes.set_title(panel.title, fontsize=9, wrap=True)
         axes.set_ylabel(metric if panel.unit == "1" else f"{metric} ({panel.unit})")
         axes.grid(visible=True, alpha=0.3)
+        axes.tick_params(labelbottom=True)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    moments = [moment for panel in panels for series in panel.series for moment, _ in series.points]
+    if min(moments) == max(moments):  # or the axis would show years
+        axes.set_xlim(min(moments) - timedelta(hours=12), max(moments) + timedelta(hours=12))
     with atomic_path(out, force=force) as temporary, temporary.open("wb") as file:
         figure.savefig(file, format=out.suffix[1:], dpi=150)
 
