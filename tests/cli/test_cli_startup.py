@@ -28,6 +28,7 @@ COMMANDS = [
     ["schemes"],
     ["eval", "perplexity"],
     ["eval", "tasks"],
+    ["eval", "layers"],
     ["bench", "tokens-per-second"],
     ["bench", "bandwidth"],
     ["bench", "kernels"],
