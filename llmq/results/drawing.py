@@ -60,8 +60,13 @@ _STYLE: Mapping[Any, object] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw and save as all plots are; characters that the font lacks become boxes, and nobody is warned of them."""
-    with mpl.rc_context(dict(_STYLE)), warnings.catch_warnings():
+    """Draw and save as all plots are, whatever the user's matplotlib is set to.
+
+    Characters that the font lacks become boxes, and nobody is warned of them.
+    """
+    with mpl.rc_context(), warnings.catch_warnings():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         yield
 
@@ -151,31 +156,31 @@ def _draw_curves(plot: Curves) -> Figure:
 
 
 def _draw_stacked(plot: Curves) -> Figure:
-    """Draw one distribution below the other, on one axis of values."""
-    engine = ConstrainedLayoutEngine(hspace=0.0, h_pad=0.02)
-    figure = Figure((WIDTH_IN, 1.3 + 0.62 * len(plot.curves)), layout=engine)
+    """Draw one distribution below the other, on one axis of values; names stand above them, where they cover nothing."""
+    figure = Figure((WIDTH_IN, 0.95 + 0.72 * len(plot.curves)), layout=ConstrainedLayoutEngine(hspace=0.0, h_pad=0.02))
     all_axes = figure.subplots(len(plot.curves), 1, sharex=True, squeeze=False)[:, 0]
-    all_axes[0].set_title(plot.title)
+    figure.suptitle(plot.title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     edges = [edge * plot.x.factor for curve in plot.curves for edge in curve.edges]
     for index, (axes, curve) in enumerate(zip(all_axes, plot.curves, strict=True)):
-        colour = series_colour(curve.series)
+        last, colour = index == len(plot.curves) - 1, series_colour(curve.series)
         xs, ys = _outline(curve, plot.x.factor)
         axes.fill_between(xs, ys, color=colour, alpha=0.3, lw=0)
         axes.plot(xs, ys, color=colour, lw=1.2, gid=f"curve-{index}")
         if curve.mark is not None:
-            axes.axvline(curve.mark * plot.x.factor, color=LIGHT["ink"], lw=1.2, ymax=0.95, gid=f"mark-{index}")
-        axes.set_ylim(0, 1.1 * max(curve.shares))
+            axes.axvline(curve.mark * plot.x.factor, color=LIGHT["ink"], lw=1.2, gid=f"mark-{index}")
+        axes.set_title(curve.label, fontsize=9, fontweight="normal", pad=1)
+        axes.set_ylim(0, 1.05 * max(curve.shares))
         axes.yaxis.set_major_locator(NullLocator())
         axes.spines["left"].set_visible(False)
-        axes.text(0.995, 0.92, curve.label, transform=axes.transAxes, ha="right", va="top", fontsize=9)
-        axes.tick_params(axis="x", length=3.5 if index == len(plot.curves) - 1 else 0)
-        _scale(axes, "x", plot.x, edges, named=index == len(plot.curves) - 1)
+        axes.tick_params(axis="x", length=3.5 if last else 0)
+        _scale(axes, "x", plot.x, edges, named=last)
     return figure
 
 
 def _outline(curve: Curve, factor: float) -> tuple[list[float], list[float]]:
     """Return the corners of a histogram's steps."""
-    return [edge * factor for pair in pairwise(curve.edges) for edge in pair], [share for share in curve.shares for _ in range(2)]
+    xs = [edge * factor for edge in curve.edges for _ in range(2)]
+    return xs, [0.0, *(share for share in curve.shares for _ in range(2)), 0.0]
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
@@ -197,7 +202,7 @@ def _scale(axes: Axes, which: str, axis: Axis, values: Sequence[float], *, named
     if axis.scale == "linear":
         room = 0.12 * (high - low) or 0.1 * abs(high) or 1.0
         limit(low - room, high + room)
-        of.set_major_locator(MaxNLocator(6))
+        of.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     elif axis.scale == "log":
         getattr(axes, f"set_{which}scale")("log")
         room = (high / low) ** 0.08 if high > low else 1.5

@@ -45,7 +45,7 @@ def draw_heat_maps(plot: HeatMaps) -> Figure:
     assert bar.solids is not None
     bar.solids.set_edgecolor("face")  # no hairlines between the steps
     bar.outline.set_visible(False)
-    bar.locator = MaxNLocator(5)
+    bar.locator = MaxNLocator(5, steps=[1, 2, 5, 10])
     bar.update_ticks()
     bar.set_label("" if plot.unit == "1" else plot.unit)
     figure.supxlabel("layer", fontsize=10)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from cli_runs import run_llmq
-from report_runs import bandwidth_record, example_records
+from report_runs import bandwidth_record, example_records, layers_record
 
+from llmq.results.plots import plots_of
 from llmq.results.store import append_records
 
 
@@ -98,3 +99,9 @@ def test_plots_of_runs_that_must_not_be_compared_have_numbers(records: Path, tmp
     append_records(other, example_records(length=512))
     run_llmq("report", "plot", records, other, "-o", tmp_path / "plots", "--which", "size")
     assert sorted(path.stem for path in (tmp_path / "plots").glob("*.svg")) == ["1-size", "2-size"]
+
+
+def test_every_plot_is_named_in_the_help() -> None:
+    shown = " ".join(run_llmq("report", "plot", "--help").output.replace("│", " ").split())
+    for plot in plots_of([*example_records(), layers_record()]):
+        assert plot.name in shown, plot.name

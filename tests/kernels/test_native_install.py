@@ -24,6 +24,13 @@ def test_the_library_lands_in_the_package(plain_wheel):
     assert not [name for name in names if name.endswith((".cpp", ".h", "CMakeLists.txt"))]
 
 
+def test_the_templates_of_reports_land_in_the_package(plain_wheel):
+    folder = Path(__file__).parent.parent.parent / "llmq" / "results" / "templates"
+    templates = {f"llmq/results/templates/{path.name}" for path in folder.iterdir()}
+    assert {"llmq/results/templates/report.html.j2", "llmq/results/templates/report.css"} <= templates
+    assert templates <= set(files_of_the_wheel(plain_wheel))
+
+
 def test_without_a_compiler_it_installs_without_the_library(tmp_path):
     names = files_of_the_wheel(build_wheel(tmp_path, CXX="/bin/false"))
     assert "llmq/ops/native.py" in names

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from xml.etree import ElementTree as ET
 
+import matplotlib as mpl
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -100,6 +102,13 @@ def test_the_same_plot_gives_the_same_bytes(plot: Plot) -> None:
     assert "<metadata" not in to_svg(plot)
 
 
+def test_the_users_own_settings_change_nothing() -> None:
+    expected = to_svg(PLOTS["size"])
+    with mpl.rc_context({"lines.linewidth": 9.0, "text.color": "red", "axes.unicode_minus": False, "svg.fonttype": "path"}):
+        assert to_svg(PLOTS["size"]) == expected
+        assert mpl.rcParams["lines.linewidth"] == 9.0
+
+
 def test_the_same_plot_gives_the_same_image() -> None:
     image = to_png(PLOTS["size"])
     assert image == to_png(PLOTS["size"])
@@ -125,6 +134,16 @@ def test_the_legend_covers_no_point(plots: dict[str, Plot], name: str) -> None:
     legend, axes = figure.legends[0].get_window_extent(), figure.axes[0].get_window_extent()
     assert legend.y1 <= axes.y0
     assert axes.height > 2.0 * figure.dpi  # and takes no room from the plot
+
+
+@pytest.mark.parametrize("plots", [PLOTS, CROWDED], ids=["few", "many"])
+def test_the_names_of_rows_cover_no_bar(plots: dict[str, Plot]) -> None:
+    rows = drawn(plots["latency"]).axes
+    for above, below in pairwise([None, *rows]):
+        name = below.title.get_window_extent()
+        assert name.y0 >= below.get_window_extent().y1
+        assert above is None or name.y1 <= above.get_window_extent().y0
+        assert below.get_window_extent().height > 20
 
 
 @pytest.mark.parametrize("name", ["size", "speed", "roofline"])
