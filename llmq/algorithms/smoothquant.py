@@ -45,7 +45,7 @@ FLOOR = 1e-5
 """Channels are taken to be at least this fraction of the largest: a channel that never fires must not get a scale of 0."""
 
 LEARNING_RATE = 0.03
-"""Of the descent on log(s): scales can change by a factor of 9 in 150 iterations, as the rate falls to 0."""
+"""Of the descent on log(s): scales can change by a factor of 20 in 200 iterations, as the rate falls to 0."""
 
 STEP_TOKENS = 1024
 """Tokens that a static step is found on for each scale that is tried."""
@@ -69,9 +69,9 @@ class SmoothOptions:
 
     smoothing: Smoothing = "learned"
     step: float = 0.25
-    iterations: int = 150
-    rows: int = 512
-    tokens: int = 4096
+    iterations: int = 200
+    rows: int = 2048
+    tokens: int = 16384
     seed: int = 0
 
     def __post_init__(self) -> None:
