@@ -16,15 +16,16 @@ from llmq.api.calibrating import CalibrationSource, calibration_set
 from llmq.api.comparing import measure_quality, measure_speed
 from llmq.api.loading import Loaded, Setup, open_model
 from llmq.api.matrix_folder import MatrixFolder, open_folder
-from llmq.api.matrix_recipe import Cells, MatrixCell, MatrixRecipe, cell_key, cells_of, read_recipe
+from llmq.api.matrix_recipe import CalibrationEntry, Cells, MatrixCell, MatrixRecipe, cell_key, cells_of, read_recipe
 from llmq.api.matrix_table import MatrixRow, matrix_rows, matrix_table
 from llmq.api.recipes import Recipe, settle
-from llmq.calibration.corpus import TextSource
+from llmq.calibration.corpus import TextSource, resolve_text
+from llmq.calibration.mixture import parse_sources
 from llmq.calibration.rows import HUB
 from llmq.checkpoint import open_checkpoint
 from llmq.errors import Interrupted
 from llmq.evaluation.reference import ReferenceLogits
-from llmq.files import sha256_text
+from llmq.files import sha256_file, sha256_text
 from llmq.progress import SILENT, Named, Progress
 from llmq.ranks import default_threads
 from llmq.results.environment import cpu_name
@@ -122,6 +123,7 @@ class _Matrix:
             "recipe": _numbered(self.recipe.model_dump(mode="json")),
             "checkpoint_sha256": open_checkpoint(self.model).sha256,
             "text_sha256": self.text.sha256,
+            "calibration_sha256": self._source_hashes(),
             "device": self.setup.device,
             "threads": self.setup.threads or default_threads(),
             "kernel": self.setup.kernel,
@@ -131,6 +133,19 @@ class _Matrix:
             "torch": torch.__version__,
             "recipe_sha256": sha256_text(self.recipe.model_dump_json()),
         }
+
+    def _sources(self, entry: CalibrationEntry) -> tuple[str, ...]:
+        return tuple(name if name.startswith(HUB) else str(self.home / name) for name in entry.sources)
+
+    def _source_hashes(self) -> dict[str, list[str]]:
+        """Return the hashes of the sources of each set that is used; folders and the hub are not read for that."""
+        used = {cell.calibration.name: cell.calibration for cell in self.cells.cells if cell.calibration is not None}
+        found: dict[str, list[str]] = {}
+        for name, entry in used.items():
+            sources = [weighted.source for weighted in parse_sources(self._sources(entry))]
+            files = [Path(source) for source in sources if source is not None and Path(source).is_file()]
+            found[name] = [sha256_file(file) for file in files] if entry.sources else [resolve_text(split="train").sha256]
+        return found
 
     def measure(self, folder: MatrixFolder) -> None:
         """Measure the cells that have no records yet."""
@@ -176,8 +191,7 @@ class _Matrix:
         file = folder.calibration(cell.calibration.name, cell.seed)
         if not file.exists():
             entry = cell.calibration
-            sources = tuple(name if name.startswith(HUB) else str(self.home / name) for name in entry.sources)
-            source = CalibrationSource(sources, entry.windows, entry.length, entry.column)
+            source = CalibrationSource(self._sources(entry), entry.windows, entry.length, entry.column)
             config = reference.model.config
             calibration_set(reference.tokenizer, config, source, seed=cell.seed, progress=told).save(file)
         recipe = self._recipe(cell, CalibrationSource(str(file)))

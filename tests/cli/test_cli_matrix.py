@@ -173,6 +173,11 @@ def test_folders_of_another_matrix(recipe: Path, undisturbed: Path, tmp_path: Pa
     assert "recipe.text.limit was 2, is 1" in refused
     assert "recipe.calibration.1.windows was 4, is 5" in refused
     assert "--restart" in refused
+    text = recipe.with_name("text.txt")
+    whole = text.read_text()
+    text.write_text(whole + "More.")
+    assert "text_sha256 was" in run_llmq("matrix", recipe, "-o", undisturbed, "--threads", 1, code=2).output
+    text.write_text(whole)
     assert "threads was 1, is 2" in run_llmq("matrix", recipe, "-o", undisturbed, "--threads", 2, code=2).output
     assert (undisturbed / "runs.jsonl").read_bytes() == before
     (tmp_path / "notes.txt").write_text("mine")
