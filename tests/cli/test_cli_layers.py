@@ -145,6 +145,7 @@ def test_tables_say_the_same(found: dict[str, Any]) -> None:
         order_of("size")
 
 
+@pytest.mark.slow
 def test_the_terminal_names_it_first(damaged: Path, short_model: Path, evaluation_text: Path) -> None:
     shown = run_llmq(
         *("eval", "layers", damaged, "--reference", short_model, "--text", evaluation_text, *ARGUMENTS, "--top", 1),
@@ -214,6 +215,7 @@ def test_a_rotated_model_is_compared_with_the_original_rotated_alike(
     assert record["metrics"]["measured_kl"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_an_original_weight_leaves_no_error(short_model: Path, evaluation_text: Path) -> None:
     request = LayersRequest(str(evaluation_text), 64, 4, ("original",), 2)
     found = explain_layers(str(short_model), Recipe("int4", {"group_size": "64"}), SETUP, request)
@@ -275,6 +277,7 @@ def changed_config(model: Path, folder: Path, **changes: object) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_said_in_one_sentence(
     artefact: Path, short_model: Path, wt2_8m: Path, tmp_path: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ def test_html_replaces_nothing_without_force(records: Path, tmp_path: Path) -> N
     assert out.read_text() != "mine"
 
 
+@pytest.mark.slow
 def test_html_puts_protocols_apart(records: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     append_records(other, example_records(length=512))

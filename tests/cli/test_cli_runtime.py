@@ -27,6 +27,7 @@ def test_records_say_what_ran(wt2_8m, asked, said):
         assert record["kernels"] == {"native-int8-dynamic": 56, "native-bf16": 1}
 
 
+@pytest.mark.slow
 def test_a_fallback_is_said(wt2_8m):
     result = run_llmq("bench", "tokens-per-second", wt2_8m, "--kernel", "dequant-gemm", *BENCH)
     reason = "runtime: torch: model.layers.0.self_attn.q_proj is laid out for dequant-gemm"

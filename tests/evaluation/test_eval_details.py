@@ -23,6 +23,7 @@ def evaluation(wt2_8m: Path) -> Evaluation:
     return evaluate_model(str(wt2_8m), RECIPE, Setup(threads=1), QUESTION, reference=str(wt2_8m))
 
 
+@pytest.mark.slow
 def test_figures_of_tokens_are_those_of_the_metrics(evaluation: Evaluation, tmp_path: Path) -> None:
     perplexity, divergence = evaluation.records
     assert perplexity.tokens_sha256 == divergence.tokens_sha256
@@ -48,6 +49,7 @@ def test_linears_have_their_figures(evaluation: Evaluation) -> None:
         assert 15 < figures["sqnr"].value < 30
 
 
+@pytest.mark.slow
 def test_an_artefact_says_what_its_manifest_knows(wt2_8m: Path, tmp_path: Path) -> None:
     few = CalibrationSource(windows=2)
     recipe = Recipe("int4-gptq", {"sweeps": "0"}, calibration=few, skip=("*.mlp.*", "*.layers.[1-7].*"))

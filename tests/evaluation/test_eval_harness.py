@@ -56,6 +56,7 @@ def task_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_tasks_of_each_kind_run(llama, chars, task_folder, exact_score) -> None:
     results = run_tasks(llama, chars, ["colours", "echo", "pages"], options=TaskOptions(include_path=task_folder))
     scores = {(score.task, score.metric): score for score in results.scores}

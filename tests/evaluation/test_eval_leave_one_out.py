@@ -42,8 +42,10 @@ def linears_of(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "scheme", ["int4", *(pytest.param(scheme, marks=pytest.mark.slow) for scheme in SCHEMES if scheme != "int4")]
+)
 def test_one_weight_put_back_gives_what_the_whole_model_with_it_gives(scheme: str, dtype, llama, chars, essay) -> None:
     model, base = quantized(llama, scheme, dtype), original(llama, dtype)
     names = linears_of(model)  # the head too

@@ -139,7 +139,11 @@ def test_option_is_seen_by_this_comparison(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("start", [int, torch.tensor, lambda p: torch.tensor([p])], ids=["int", "tensor", "tensor1"])
-@pytest.mark.parametrize("sizes", [[30], [1] * 30, [4, 1, 1, 9, 2, 1, 12]], ids=["prefill", "tokens", "chunks"])
+@pytest.mark.parametrize(
+    "sizes",
+    [[30], pytest.param([1] * 30, marks=pytest.mark.slow), [4, 1, 1, 9, 2, 1, 12]],
+    ids=["prefill", "tokens", "chunks"],
+)
 def test_cached(pair: Pair, sizes: list[int], start: Callable[[int], int | Tensor]) -> None:
     for place, logits in feed(pair, sizes, start):
         assert worst(logits, pair.expected[:, place]) <= TOLERANCE, place

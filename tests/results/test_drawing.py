@@ -96,6 +96,7 @@ def test_cells_and_curves_hold_theirs() -> None:
     assert (curves[0].get("data-label"), curves[0].get("data-total")) == ("int8-weight-only", "1000")
 
 
+@pytest.mark.slow
 @every_plot
 def test_the_same_plot_gives_the_same_bytes(plot: Plot) -> None:
     assert to_svg(plot) == to_svg(plot)
@@ -116,6 +117,7 @@ def test_the_same_plot_gives_the_same_image() -> None:
     assert b"Software" not in image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plot", [*PLOTS.values(), *CROWDED.values()], ids=[*PLOTS, *(f"crowded {name}" for name in CROWDED)])
 def test_nothing_is_cut_off(plot: Plot) -> None:
     figure = drawn(plot)
@@ -127,7 +129,7 @@ def test_nothing_is_cut_off(plot: Plot) -> None:
     assert inner.y1 <= height + 0.02
 
 
-@pytest.mark.parametrize("plots", [PLOTS, CROWDED], ids=["few", "many"])
+@pytest.mark.parametrize("plots", [PLOTS, pytest.param(CROWDED, marks=pytest.mark.slow)], ids=["few", "many"])
 @pytest.mark.parametrize("name", ["size", "kl", "roofline"])
 def test_the_legend_covers_no_point(plots: dict[str, Plot], name: str) -> None:
     figure = drawn(plots[name])
@@ -136,7 +138,7 @@ def test_the_legend_covers_no_point(plots: dict[str, Plot], name: str) -> None:
     assert axes.height > 2.0 * figure.dpi  # and takes no room from the plot
 
 
-@pytest.mark.parametrize("plots", [PLOTS, CROWDED], ids=["few", "many"])
+@pytest.mark.parametrize("plots", [PLOTS, pytest.param(CROWDED, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_the_names_of_rows_cover_no_bar(plots: dict[str, Plot]) -> None:
     rows = drawn(plots["latency"]).axes
     for above, below in pairwise([None, *rows]):

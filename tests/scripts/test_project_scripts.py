@@ -50,6 +50,7 @@ def test_records_without_a_table_are_named(copy: Path) -> None:
     assert "no document has a line '<!-- begin orphan -->' for the table of orphan.jsonl" in " ".join(lost.stderr.split())
 
 
+@pytest.mark.slow
 def test_a_stale_document_is_named(copy: Path) -> None:
     reference = copy / "docs" / "cli.md"
     reference.write_text(reference.read_text() + "typed by hand\n")
