@@ -114,6 +114,7 @@ def test_demo_checkpoint_is_what_the_readme_says(wt2_8m: Path) -> None:
     assert (wt2_8m / "tokenizer.model").is_file()
 
 
+@pytest.mark.slow
 def test_demo_model_knows_more_than_chance_of_both_halves(wt2_8m: Path) -> None:
     """The sample is text of the kind that the model was trained on: its perplexity there is that on WikiText, about 60."""
     from llmq.calibration.corpus import resolve_text, token_windows

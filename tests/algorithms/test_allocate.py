@@ -47,7 +47,7 @@ def test_it_is_the_best_of_all_allocations(items: list[list[tuple[int, float]]],
     assert allocate(costs, losses, budget) == found
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
 def test_losses_as_schemes_have_them(seed: int) -> None:
     """Losses that fall fourfold a bit, as those of quantization do; every cost is a multiple of few sizes."""
     generator = np.random.default_rng(seed)

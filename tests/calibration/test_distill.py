@@ -131,7 +131,7 @@ def loss_against(original: Llama, tokens: Tensor, temperature: float = 1.0) -> A
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-@pytest.mark.parametrize("skip", [("lm_head",), ()])
+@pytest.mark.parametrize("skip", [("lm_head",), pytest.param((), marks=pytest.mark.slow)])
 def test_gradients_are_those_of_one_graph_in_fp64(original: Llama, tokens: Tensor, kind: str, skip: tuple[str, ...]) -> None:
     """The bound is that of the Fisher factors' test: some 40 products on the way, with inner dimensions of at most 61."""
     model = quantized(original, kind, skip)

@@ -27,6 +27,7 @@ def test_html_writes_one_page_and_nothing_else(records: Path, tmp_path: Path) ->
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]
 
 
+@pytest.mark.slow
 def test_html_replaces_nothing_without_force(records: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     out.write_text("mine")
