@@ -69,12 +69,11 @@ class _State:
         scale, zero_point = scales
         self.group = (order // (target.shape[1] // scale.shape[1])).tolist()
         self.grids = ColumnGrid(grid, scale, zero_point, dtype)
-        numbers = numbers_of(codes, grid, scale, zero_point, dtype)
+        self.numbers = numbers_of(codes, grid, scale, zero_point, dtype).t()[order]
         self.codes = codes.t()[order].to(dtype)
-        self.numbers = numbers.t()[order].contiguous()
         self.order, self.inputs = order, metric.inputs
         self.outputs = None if metric.outputs is None else metric.outputs.to(dtype).contiguous()
-        error = target.t()[order] - self.numbers
+        error = target.t()[order].sub_(self.numbers)
         # E^T without H_O, (H_O E)^T with it: what has only to be multiplied by H_I to be the gradient
         self.error = error if self.outputs is None else error @ self.outputs
 

@@ -49,8 +49,7 @@ def refit(target: Tensor, codes: Tensor, scales: Scales, grid: IntGrid, metric: 
     scale, zero_point = scales[0].clone(), None if scales[1] is None else scales[1].clone()
     groups = scale.shape[1]
     unknowns = groups * (2 if grid.zero_point == "float" else 1)
-    # beside a row's system there are about four rows of K numbers
-    rows = max(1, CHUNK_BYTES // (8 * unknowns**2 + 4 * k * target.element_size()))
+    rows = chunk_rows(k, unknowns)
     if metric.outputs is not None:
         rows = min(rows, BLOCK_ROWS)
     error = target - numbers_of(codes, grid, scale, zero_point, target.dtype)
@@ -79,6 +78,12 @@ def refit(target: Tensor, codes: Tensor, scales: Scales, grid: IntGrid, metric: 
             numbers = numbers_of(codes[part], grid, scale[part], None if zero_point is None else zero_point[part], target.dtype)
             by_inputs[part] = (target[part] - numbers) @ inputs.whole
     return scale, zero_point
+
+
+def chunk_rows(k: int, unknowns: int) -> int:
+    """Return how many rows of `k` numbers, with systems of so many unknowns, are solved at a time."""
+    # beside a row's system there are about four rows of K numbers
+    return max(1, CHUNK_BYTES // (8 * unknowns**2 + 16 * k))
 
 
 class _Inputs:

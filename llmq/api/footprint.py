@@ -1,90 +1,239 @@
-"""Peak memory of a quantization, from shapes alone.
+"""Peak memory of a quantization, from shapes alone: what the code holds at once in each phase, and the phase that holds most.
 
-A run goes through two kinds of peaks: one while windows run through a block and their moments are summed, and one while the
-widest linear is quantized. Both lie on top of what a process takes before it reads a weight, and of the hidden states.
+    opening     the embedding or the head, and what was written of it, which is read again to compare
+    factors     a block runs backwards, for schemes that need Fisher factors
+    gathering   windows run through a block in fp32, and the moments of its linears are summed
+    rounding    one linear after another, with the moments of those that are still to come
+    result      the floats of the finished artefact, which are checked when it is opened
+
+A peak is the process's largest resident set: mapped files count as far as they are in memory. The counts below say what the
+code does; whoever changes how many copies of a matrix there are changes them here (docs/scale.md compares them with runs).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from math import isqrt
 
 import psutil
 import torch
 
+from llmq.algorithms.refit import chunk_rows
 from llmq.algorithms.statistics import Needs
 from llmq.calibration.activations import BATCH_TOKENS
 from llmq.model.config import LlamaConfig
+from llmq.numerics.grid import IntGrid
 from llmq.schemes.cover import Decision
 
 _FLOAT, _DOUBLE = torch.float32.itemsize, torch.float64.itemsize
-_LIBRARIES = 150_000_000
-"""What torch and the BLAS take once they compute (buffers of threads, code that is read), besides what they took when loaded."""
-SQUARES = 3
-"""fp64 matrices [K, K] that a factorisation holds at once: the damped Hessian, its factor, and the factor in unit form."""
-WIDE = 6
-"""fp32 copies [N, K] that the search for scales and codes holds at once."""
+_BLOCKS = "model.layers."
+_READS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
+"""Which linears of a block read the same input, in the order of their calls."""
+_LIBRARIES = 40_000_000
+"""What torch and the BLAS take once they compute (code that is read, buffers), besides what they took when loaded."""
+_ROUNDING_BYTES = 21
+"""Bytes for each weight while its codes are swept: target, codes, numbers and errors in fp32, and two copies on their way."""
+_TWO_SIDED_BYTES = 32
+"""The same while both sides are coupled: target, scales, zero points, errors, their products and codes in fp32, all padded."""
+_NEAREST_BYTES = 3
+"""Bytes for each weight when it is only rounded: codes as bytes, while they are packed. The rest goes by panels of rows."""
+_SYSTEMS = 4
+"""Copies of the systems of equations [rows, P, P] in fp64 while they are solved."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """What counts of a linear: rows, columns, and what its scheme gathers."""
+class Windows:
+    """What a quantization calibrates with.
+
+    Attributes:
+        tokens: of all windows; 0 where none are needed.
+        length: of a window.
+        itemsize: bytes of an element of the hidden states.
+        spilled: whether those are on disk.
+    """
+
+    tokens: int
+    length: int
+    itemsize: int
+    spilled: bool
+
+    @property
+    def batch(self) -> int:
+        """Tokens that go through a block at once."""
+        return min(self.tokens, max(1, BATCH_TOKENS // max(1, self.length)) * self.length)
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """What counts of a linear that is quantized."""
 
     n: int
     k: int
+    group: int
     needs: Needs
+    stored: int
+    unknowns: int
+
+    @property
+    def kinds(self) -> int:
+        """Moments [K, K] that are summed for it."""
+        return (1 if self.needs else 0) + (1 if Needs.UPSTREAM in self.needs else 0)
 
 
-def peak_parts(
-    config: LlamaConfig, decisions: Sequence[Decision], *, tokens: int, itemsize: int, spilled: bool, source_itemsize: int
-) -> dict[str, int]:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A block or the head: all its elements, and its linears that are quantized, in the order in which that happens."""
+
+    elements: int
+    linears: tuple[_Linear, ...]
+    is_head: bool
+
+    def moments(self, after: int = -1) -> int:
+        """Return the bytes of the sums for groups of linears from the one with number `after` on."""
+        kinds = {linear.group: linear.kinds * linear.k**2 for linear in self.linears if linear.group >= after}
+        return _FLOAT * sum(kinds.values())
+
+
+def peak_parts(config: LlamaConfig, decisions: Sequence[Decision], windows: Windows, *, source_itemsize: int) -> dict[str, int]:
     """Predict what the peak is made of.
 
     Args:
         config: the model.
         decisions: what is to become of every parameter.
-        tokens: calibration tokens; 0 where none are needed.
-        itemsize: bytes of an element of the hidden states.
-        spilled: whether those are on disk.
+        windows: what it calibrates with.
         source_itemsize: bytes of an element of the weights as they are read.
 
     Returns:
         Bytes by what they are for; their sum is the peak.
     """
-    shapes = [
-        Shape(decision.parameter.shape[0], decision.parameter.shape[1], decision.scheme.needs)
-        for decision in decisions
-        if decision.scheme is not None and decision.linear is not None
-    ]
-    blocks = max(1, config.num_layers)
-    inside = [shape for shape in shapes if shape.n != config.vocab_size]
-    block = sum(shape.n * shape.k for shape in inside) // blocks
-    table = config.vocab_size * config.hidden_size * source_itemsize
-    parts = {"the program and its libraries": psutil.Process().memory_info().rss + _LIBRARIES}
-    if not tokens:
-        largest = max((shape.n * shape.k for shape in shapes), default=0)
-        parts["a block as it is read, and as it is stored"] = max(block * source_itemsize + block, table)
-        parts["fp32 copies of the largest weight"] = WIDE * _FLOAT * largest
-        return parts
+    common = {"the program and its libraries": psutil.Process().memory_info().rss + _LIBRARIES}
+    parts = _parts(decisions)
     needs = Needs.NONE
-    for shape in shapes:
-        needs |= shape.needs
-    streams = 2 if needs & (Needs.UPSTREAM | Needs.TARGETS) else 1
-    if not spilled:
-        parts["hidden states of the calibration windows"] = streams * tokens * config.hidden_size * itemsize
-    parts["a block as it is read, and in fp32"] = max(block * (source_itemsize + _FLOAT), table)
-    widths = {config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim}
-    squares = sorted((k * k for k in (config.hidden_size, *widths)), reverse=True)[:4]
-    kinds = 2 if Needs.UPSTREAM in needs else 1
-    moments = kinds * _FLOAT * sum(squares)
-    batch = BATCH_TOKENS * _FLOAT * (4 * config.hidden_size + 3 * config.intermediate_size)
-    widest = max(shape.k for shape in inside) if inside else 0
-    rows = max((shape.n for shape in inside if shape.k == widest), default=0)
-    factors = SQUARES * _DOUBLE * widest * widest + _FLOAT * widest * widest * kinds + WIDE * _FLOAT * rows * widest
+    for part in parts:
+        for linear in part.linears:
+            needs |= linear.needs
+    states = windows.tokens * config.hidden_size * windows.itemsize * (0 if windows.spilled else 1)
+    phases = [_opening(config, source_itemsize), _result(config, decisions, source_itemsize)]
     if Needs.FISHER in needs:
-        factors += _FLOAT * widest * widest + 2 * _FLOAT * rows * rows
-    running = moments + batch
-    choosing = factors + _FLOAT * kinds * widest * widest
-    what = "second moments and a batch on its way" if running > choosing else "the widest linear: factors, scales and codes"
-    parts[what] = max(running, choosing)
-    return parts
+        phases += _fisher_phases(config, parts, windows, source_itemsize, states)
+    streams = 2 if needs & (Needs.UPSTREAM | Needs.TARGETS) else 1
+    held = {"hidden states of the calibration windows": streams * states} if states else {}
+    for part in parts:
+        phases += [held | phase for phase in _part_phases(config, part, windows, source_itemsize)]
+    largest = max(phases, key=lambda phase: sum(phase.values()))
+    return common | {what: nbytes for what, nbytes in largest.items() if nbytes}
+
+
+def _parts(decisions: Sequence[Decision]) -> list[_Part]:
+    found = []
+    for name, own in groupby(decisions, key=lambda decision: _part_name(decision.fqn)):
+        members = list(own)
+        linears = [_linear(decision) for decision in members if decision.scheme is not None and decision.linear is not None]
+        elements = sum(decision.parameter.numel() for decision in members)
+        found.append(_Part(elements, tuple(sorted(linears, key=lambda linear: linear.group)), not name))
+    return found
+
+
+def _part_name(fqn: str) -> str:
+    """Return the block that a parameter belongs to; empty for the embedding and the head."""
+    return fqn.removeprefix(_BLOCKS).partition(".")[0] if fqn.startswith(_BLOCKS) else ""
+
+
+def _linear(decision: Decision) -> _Linear:
+    assert decision.scheme is not None
+    n, k = decision.parameter.shape
+    group = _READS.get(decision.fqn.rpartition(".")[2], len(_READS))
+    grid = decision.format.weight if decision.format is not None else None
+    unknowns = grid.groups(k) * (2 if grid.zero_point == "float" else 1) if isinstance(grid, IntGrid) else 0
+    return _Linear(n, k, group, decision.scheme.needs, _stored_bytes(decision), unknowns)
+
+
+def _stored_bytes(decision: Decision) -> int:
+    n, k = decision.parameter.shape
+    grid = decision.format.weight if decision.format is not None else None
+    return int(n * k * grid.bits_per_weight(k) / 8) if isinstance(grid, IntGrid) else 0
+
+
+def _opening(config: LlamaConfig, itemsize: int) -> dict[str, int]:
+    table = config.vocab_size * config.hidden_size * itemsize
+    return {"the embedding as it is read, and as it is compared with what was written": 2 * table}
+
+
+def _result(config: LlamaConfig, decisions: Iterable[Decision], itemsize: int) -> dict[str, int]:
+    """Scales, zero points and all that is not quantized: codes are only mapped."""
+    floats = 0
+    for decision in decisions:
+        grid = decision.format.weight if decision.format is not None else None
+        if isinstance(grid, IntGrid):
+            n, k = decision.parameter.shape
+            floats += _stored_bytes(decision) - n * -(-k * grid.bits // 8)
+        elif not (config.tie_word_embeddings and decision.fqn == "lm_head"):
+            floats += decision.parameter.numel() * itemsize
+    return {"the floats of the result, when it is opened": floats}
+
+
+def _part_phases(config: LlamaConfig, part: _Part, windows: Windows, itemsize: int) -> Iterator[dict[str, int]]:
+    read = {"a block as it is read": part.elements * itemsize}
+    if part.is_head:
+        if not part.linears:
+            return
+        read = {"the head as it is read": config.vocab_size * config.hidden_size * itemsize}
+    copied = {"the block in fp32": part.elements * _FLOAT} if windows.tokens and not part.is_head else {}
+    kept = 0
+    if windows.tokens:
+        yield read | copied | {"second moments": part.moments(), "a batch on its way": _batch(config, part, windows)}
+    for linear in part.linears:
+        kept += linear.stored
+        own = {"codes and scales so far": kept, "the linear on its way": _rounding(linear)}
+        own |= {"second moments": part.moments(linear.group)} if linear.needs else {}
+        yield read | copied | own
+
+
+def _batch(config: LlamaConfig, part: _Part, windows: Windows) -> int:
+    """The residual stream and its copies, three tensors of the MLP, and inputs in the original's run that wait for the other."""
+    upstream = {linear.group: linear.k for linear in part.linears if Needs.UPSTREAM in linear.needs}
+    width = 4 * config.hidden_size + 3 * config.intermediate_size + sum(upstream.values())
+    return windows.batch * _FLOAT * width
+
+
+def _rounding(linear: _Linear) -> int:
+    """The largest of: H_I in fp64 with its factor; factor and damped H_I, with what a sweep or a re-fit holds."""
+    n, k = linear.n, linear.k
+    if not linear.needs:
+        return _NEAREST_BYTES * n * k
+    if Needs.INPUTS not in linear.needs:
+        return _NEAREST_BYTES * n * k
+    square, other = _FLOAT * k * k, 0
+    bytes_each = _ROUNDING_BYTES
+    if Needs.FISHER in linear.needs:
+        # the factors as they are read, and of H_O its own factor and the damped one too
+        other = square + 3 * _FLOAT * n * n
+        bytes_each = _TWO_SIDED_BYTES
+    rows = min(n, chunk_rows(k, linear.unknowns))
+    systems = rows * (_SYSTEMS * _DOUBLE * linear.unknowns**2 + 4 * _FLOAT * k)
+    refitting = 13 * n * k + systems
+    factorising = _DOUBLE * k * k + square
+    return other + max(factorising, 2 * square + max(bytes_each * n * k, refitting))
+
+
+def _fisher_phases(
+    config: LlamaConfig, parts: Sequence[_Part], windows: Windows, itemsize: int, states: int
+) -> Iterator[dict[str, int]]:
+    """Of a block with its gradients, and of the head; hidden states are kept before some blocks only."""
+    every = 1 if windows.spilled else max(1, isqrt(config.num_layers))
+    kept = -(-config.num_layers // every) + every
+    held = {"hidden states and gradients of the calibration windows": (kept + 1) * states}
+    table = config.vocab_size * config.hidden_size
+    yield held | {"the head as it is read, and in fp32": table * (itemsize + _FLOAT), "logits": 4 * _FLOAT << 22}
+    width = 11 * config.hidden_size + 7 * config.intermediate_size
+    for part in parts:
+        needy = [linear for linear in part.linears if Needs.FISHER in linear.needs]
+        if needy and not part.is_head:
+            yield held | {
+                "a block as it is read": part.elements * itemsize,
+                "the block in fp32": part.elements * _FLOAT,
+                "Fisher factors": _FLOAT * sum(linear.k**2 + linear.n**2 for linear in needy),
+                "a batch on its way, with its graph": windows.batch * _FLOAT * width,
+            }

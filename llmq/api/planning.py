@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llmq.api.calibrating import DEFAULT_WINDOWS, context_window
-from llmq.api.footprint import peak_parts
+from llmq.api.footprint import Windows, peak_parts
 from llmq.api.loading import Setup
 from llmq.api.recipes import Recipe, settle
 from llmq.api.timing import Timing, measure_time
@@ -87,18 +87,12 @@ def plan_quantization(
     dtypes = {decision.fqn: decision.parameter.dtype for decision in settled.decisions}
     planned = coverage(resolved.name, settled.decisions, dtypes=dtypes, noise={}, compute=dtype)
     covered = recipe.explain(planned)
-    tokens = 0
+    count = length = 0
     if settled.needs_calibration:
         source = recipe.calibration
-        tokens = (source.windows or DEFAULT_WINDOWS) * (source.length or context_window(checkpoint.config))
-    parts = peak_parts(
-        checkpoint.config,
-        settled.decisions,
-        tokens=tokens,
-        itemsize=activation_dtype(activations).itemsize,
-        spilled=spill is not None,
-        source_itemsize=dtype.itemsize,
-    )
+        count, length = source.windows or DEFAULT_WINDOWS, source.length or context_window(checkpoint.config)
+    windows = Windows(count * length, length, activation_dtype(activations).itemsize, spill is not None)
+    parts = peak_parts(checkpoint.config, settled.decisions, windows, source_itemsize=dtype.itemsize)
     timing = None
     if measure:
         timing = measure_time(checkpoint, recipe, setup, activations=activations, spill=spill, progress=progress)

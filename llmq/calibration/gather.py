@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmq.algorithms.statistics import Needs
 from llmq.calibration.hessian import PANEL, Hessian, LinearGroups, inputs_of
 from llmq.errors import SchemeError
+from llmq.files import trim_heap
 from llmq.ranks import Ranks
 
 Run = Callable[[Tensor], Tensor]
@@ -119,6 +120,7 @@ def gather(
             with inputs_of(watched, see), suppress(_AllSeen):
                 run(h.float())
         advance(len(h))
+    trim_heap()
 
 
 class _AllSeen(Exception):  # noqa: N818 - no error: it ends a run that has told all it can

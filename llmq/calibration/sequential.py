@@ -33,6 +33,7 @@ from llmq.calibration.recorder import CalibrationSet
 from llmq.calibration.sharing import quantize_linears, refuse_shared
 from llmq.calibration.stages import BlockModel, InMemory, Keeper, Stage, block_model, stages_of
 from llmq.errors import SchemeError, TextError
+from llmq.files import trim_heap
 from llmq.numerics.weight import QuantizedWeight
 from llmq.progress import SILENT, Progress
 from llmq.ranks import Ranks
@@ -220,6 +221,7 @@ class Walk:
         elif seen:
             go(n)
         self.keeper.close(stage.name, reports)
+        trim_heap()
         return reports
 
     def _see(self, stage: Stage, work: nn.Module, go: Callable[[int], None]) -> tuple[BlockWork, dict[str, Moments]]:

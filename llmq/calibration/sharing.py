@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmq.algorithms.report import LayerReport
 from llmq.calibration.gather import Moments
 from llmq.errors import SchemeError, UsageError
+from llmq.files import trim_heap
 from llmq.numerics.grid import IntGrid
 from llmq.numerics.weight import QuantizedWeight
 from llmq.ranks import Ranks, assign
@@ -71,6 +72,7 @@ def quantize_linears(
             for name in group:
                 if owners[name] == ranks.rank:
                     weights[name], reports[name] = quantize(targets[name], plain_weight(linears[name].weight), *pair)
+                    trim_heap()
     if ranks.size > 1:
         told = ranks.gather_json(
             {name: (report.to_json(), report.seconds, weights[name].input_scale is not None) for name, report in reports.items()}
