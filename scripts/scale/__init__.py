@@ -1,0 +1,1 @@
+"""What scripts/measure_scale.py is made of: cases, runs and the page."""
