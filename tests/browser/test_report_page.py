@@ -10,6 +10,8 @@ from report_runs import LAYERS, SCHEMES
 
 from llmq.results.palette import DARK, LIGHT
 
+pytestmark = pytest.mark.slow  # a browser takes seconds to start
+
 Open = Callable[..., Page]
 
 BY_SIZE = ["int4-gptq group_size=32", "int8-weight-only", "int8-dynamic", "bf16"]
