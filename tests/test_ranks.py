@@ -123,7 +123,7 @@ leave_ranks()
 def test_three_processes_hear_the_same(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [*LAUNCH, str(tmp_path / "script.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     told = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)]
     assert told[0] == told[1] == told[2]

@@ -34,7 +34,7 @@ def start(*arguments: object, **named: object) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], *, code: int = 0, seconds: float = 120) -> str:
+def finish(process: subprocess.Popen[str], *, code: int = 0, seconds: float = 300) -> str:
     """Wait for a process; it must end with `code` and without a traceback. Returns what it wrote to stderr."""
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, f"exit {process.returncode}: {out}\n{err}"
