@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from filelock import FileLock
 # It has to be said before torch is loaded, and the process that only hands out tests need not load it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["LLMQ_HISTORY"] = "off"  # nothing is written into the user's own
+
+# Shells start what runs in the background deaf to Ctrl-C, and so would be the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Collecting thousands of tests makes millions of objects that all stay: a third of the time went to looking for garbage there.
 GC_THRESHOLD = gc.get_threshold()
