@@ -31,8 +31,6 @@ _FLOAT, _DOUBLE = torch.float32.itemsize, torch.float64.itemsize
 _BLOCKS = "model.layers."
 _READS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
 """Which linears of a block read the same input, in the order of their calls."""
-_LIBRARIES = 40_000_000
-"""What torch and the BLAS take once they compute (code that is read, buffers), besides what they took when loaded."""
 _ROUNDING_BYTES = 21
 """Bytes for each weight while its codes are swept: target, codes, numbers and errors in fp32, and two copies on their way."""
 _TWO_SIDED_BYTES = 32
@@ -108,7 +106,8 @@ def peak_parts(config: LlamaConfig, decisions: Sequence[Decision], windows: Wind
     Returns:
         Bytes by what they are for; their sum is the peak.
     """
-    common = {"the program and its libraries": psutil.Process().memory_info().rss + _LIBRARIES}
+    # this process has loaded what a quantization loads, and takes as much before it reads a weight
+    common = {"the program and its libraries": psutil.Process().memory_info().rss}
     parts = _parts(decisions)
     needs = Needs.NONE
     for part in parts:
