@@ -41,40 +41,35 @@ from llmq.schemes.cover import describe_format
 from llmq.schemes.overrides import Override, assign_overrides
 from llmq.schemes.registry import resolve
 
-WINDOWS = 16
-"""Windows that losses are measured on where no number is asked for."""
-TOP = 5
-"""Overrides that are recommended at most where no number is asked for."""
-
 
 @dataclass(frozen=True, slots=True)
 class LayersRequest:
     """What is to be explained, and how closely.
 
     Attributes:
+        windows: the first so many of the text.
+        top: overrides that are recommended at most; 0: none are looked for.
         text: None: WikiText-2's validation split, else the bundled text.
         length: tokens a window; None: the model's context, at most 2048.
-        windows: the first so many of the text.
         candidates: 'SCHEME', 'SCHEME:KEY=VALUE,…' or 'original'; none: those of `candidates.settle_candidates`.
-        top: overrides that are recommended at most; 0: none are looked for.
         alone: also measure each linear quantized alone.
         calibration: windows that candidates are calibrated with, where they need any and the model was not calibrated now.
     """
 
+    windows: int
+    top: int
     text: str | None = None
     length: int | None = None
-    windows: int = WINDOWS
     candidates: tuple[str, ...] = ()
-    top: int = TOP
     alone: bool = False
     calibration: CalibrationSource = field(default_factory=CalibrationSource)
 
 
 def explain_layers(
     path: str,
+    request: LayersRequest,
     recipe: Recipe | None = None,
     setup: Setup | None = None,
-    request: LayersRequest | None = None,
     *,
     reference: str | None = None,
     progress: Progress = SILENT,
@@ -83,9 +78,9 @@ def explain_layers(
 
     Args:
         path: llmq's artefact, or an original checkpoint that `recipe` is applied to.
+        request: text, windows, candidates.
         recipe: a scheme; None: `path` is an artefact.
         setup: where and how both models run; the forward pass is torch's, whatever `runtime` says.
-        request: text, windows, candidates.
         reference: the original checkpoint; None: `path` itself, where it is one.
         progress: hears of each linear.
 
@@ -93,7 +88,7 @@ def explain_layers(
         UsageError: see `open_pair`; a candidate cannot be; the text is one that was calibrated on.
         TextError: the text cannot be read, or is too short.
     """
-    setup, request = setup or Setup(), request or LayersRequest()
+    setup = setup or Setup()
     text = resolve_text(request.text, split="validation")
     if recipe is not None:
         settle_candidates(request.candidates, recipe.resolve())  # refuses before anything is loaded

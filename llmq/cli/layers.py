@@ -87,10 +87,10 @@ def layers(
         calibration, calibration_windows, calibration_length, column=column, chat_template=chat_template
     )
     recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head, overrides=override)
-    request = LayersRequest(text, window, windows, tuple(candidate or ()), top, alone, source)
+    request = LayersRequest(windows, top, text, window, tuple(candidate or ()), alone, source)
     with render.reporting(quiet=json) as progress:
         setup = o.setup("cpu", dtype, threads, None, seed)
-        found = explain_layers(model, recipe, setup, request, reference=reference, progress=progress)
+        found = explain_layers(model, request, recipe, setup, reference=reference, progress=progress)
     render.save_records([found.record], record)
     render.records_or_json([found.record], json=json)
     if not json:

@@ -217,8 +217,8 @@ def test_a_rotated_model_is_compared_with_the_original_rotated_alike(
 
 @pytest.mark.slow
 def test_an_original_weight_leaves_no_error(short_model: Path, evaluation_text: Path) -> None:
-    request = LayersRequest(str(evaluation_text), 64, 4, ("original",), 2)
-    found = explain_layers(str(short_model), Recipe("int4", {"group_size": "64"}), SETUP, request)
+    request = LayersRequest(4, 2, str(evaluation_text), 64, ("original",))
+    found = explain_layers(str(short_model), request, Recipe("int4", {"group_size": "64"}), SETUP)
     assert found.picks
     for pick in found.picks:
         assert pick.argument == f"--skip '{pick.fqn}'"
@@ -235,7 +235,7 @@ def test_a_short_text_has_no_further_windows(short_model: Path, tmp_path: Path, 
     text = tmp_path / "short.txt"
     text.write_text(evaluation_text.read_text()[:1200])
     recipe = Recipe("int4", {"group_size": "128"}, skip=("model.layers.[02].*",))
-    found = explain_layers(str(short_model), recipe, SETUP, LayersRequest(str(text), 64, 64, ("original",), 1))
+    found = explain_layers(str(short_model), LayersRequest(64, 1, str(text), 64, ("original",)), recipe, SETUP)
     assert found.verification is not None
     assert found.verification.fresh is None
     assert "no further windows" in " ".join(found.record.notes)
