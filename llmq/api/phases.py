@@ -13,6 +13,7 @@ from llmq.api.recipes import Settled
 from llmq.calibration.factors import FactorFiles, gather_factors
 from llmq.calibration.fisher import FisherSettings
 from llmq.calibration.sequential import Walk, WalkSettings
+from llmq.files import trim_heap
 from llmq.progress import Progress
 from llmq.ranks import Ranks
 
@@ -34,6 +35,7 @@ def run_phases(
         A report for each quantized linear.
     """
     ranks: Ranks = keeper.ranks
+    trim_heap()  # a text that was cut into windows leaves much behind
     with TemporaryDirectory() as scratch:
         # every process has factors of its own: they may be on different machines
         factors = FactorFiles(keeper.job.folder / "factors" if keeper.job is not None else Path(scratch))
