@@ -44,6 +44,39 @@ def test_a_plan_counts_what_overrides_change(wt2_8m: Path) -> None:
     assert {row["target"] for row in mixed["weights"] if row["fqn"].endswith("down_proj")} == {"int8 per channel symmetric"}
 
 
+def _process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, which says its peak at the end."""
+    command = [sys.executable, "-c", PEAK, json.dumps([str(argument) for argument in arguments])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("widths", "arguments"),
+    [
+        (("--hidden-size=2048", "--intermediate-size=5632", "--heads=32", "--kv-heads=4"), ("-s", "int4", "-S", "search=range")),
+        (
+            ("--hidden-size=768", "--intermediate-size=4096", "--heads=12", "--kv-heads=12"),
+            ("-s", "int4-gptq", "-S", "sweeps=1", "--calibration-windows", 8, "--calibration-length", 256),
+        ),
+    ],
+    ids=["data-free", "calibrated"],
+)
+def test_the_peak_of_wider_models_is_as_planned(
+    wt2_8m: Path, calibration_text: Path, tmp_path: Path, widths: tuple[str, ...], arguments: tuple[object, ...]
+) -> None:
+    model = tmp_path / "model"
+    maker = Path(__file__).parents[2] / "scripts" / "make_random_checkpoint.py"
+    shape = (*widths, "--layers=1", "--vocab-size=4096")
+    subprocess.run([sys.executable, maker, model, *shape, "--tokenizer-from", wt2_8m], check=True, capture_output=True)
+    words = (model, *arguments, *(("--calibration", calibration_text) if "int4-gptq" in arguments else ()), "--threads", 1)
+    planned = json.loads(_process("plan", *words, "--json").stdout)
+    done = _process("quantize", *words, "-o", tmp_path / "out", "--json")
+    peak = int(done.stderr.rsplit("peak ", 1)[1])
+    assert 0.85 * peak < planned["peak_bytes"] < 1.15 * peak, planned["peak_parts"]
+
+
 @pytest.mark.slow
 def test_size_time_and_memory_are_as_planned(wt2_8m: Path, calibration_text: Path, tmp_path: Path) -> None:
     arguments = [str(wt2_8m), "-s", "int4-gptq", "--calibration", str(calibration_text), "--calibration-windows", "16"]
