@@ -20,9 +20,24 @@ from scale.catalogue import SHAPES, Case
 SCRIPTS = Path(__file__).resolve().parent.parent
 
 
+PEAK = "largest resident set: "
+_WITNESS = f"""
+import runpy, sys
+from pathlib import Path
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+finally:
+    # ru_maxrss would begin at the size of the process that this one was forked from
+    status = Path("/proc/self/status").read_text()
+    sys.stdout.flush()
+    print("\\n{PEAK}" + status.split("VmHWM:")[1].split()[0], file=sys.stderr, flush=True)
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a process took: its largest resident set (ru_maxrss, mapped pages as far as they were in memory), and time."""
+    """What a process took: its largest resident set (mapped pages as far as they were in memory), and time."""
 
     peak_bytes: int
     cpu_seconds: float
@@ -30,19 +45,19 @@ class Spent:
     output: str
 
 
-def run_measured(command: list[str], environment: dict[str, str]) -> Spent:
-    """Run a command to its end; raises InputError with its last line when it fails."""
+def run_measured(module: str, words: list[str], environment: dict[str, str]) -> Spent:
+    """Run a Python module as a program of its own on Linux; raises InputError with its last line when it fails."""
+    command = [sys.executable, "-c", _WITNESS, module, *words]
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
         assert process.stdout is not None
-        output = process.stdout.read()
+        output, _, peak = process.stdout.read().rpartition(f"\n{PEAK}")
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         last = (output.strip().splitlines() or ["no message"])[-1]
-        raise InputError(f"`{' '.join(command)}` ended with {process.returncode}: {last}")
-    scale = 1 if sys.platform == "darwin" else 1024
-    return Spent(usage.ru_maxrss * scale, usage.ru_utime + usage.ru_stime, time.perf_counter() - started, output)
+        raise InputError(f"`{module} {' '.join(words)}` ended with {process.returncode}: {last}")
+    return Spent(int(peak) * 1024, usage.ru_utime + usage.ru_stime, time.perf_counter() - started, output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +83,7 @@ class Runner:
         folder = self.models / case.model
         if not folder.is_dir():
             words = [*SHAPES[case.shape], "--layers", str(case.blocks), "--tokenizer-from", str(self.tokenizer)]
-            run_measured([sys.executable, str(SCRIPTS / "make_random_checkpoint.py"), str(folder), *words], self._environment())
+            run_measured("make_random_checkpoint", [str(folder), *words], self._environment())
         return folder
 
     def measure(self, case: Case) -> ResultRecord:
@@ -79,10 +94,10 @@ class Runner:
         if case.windows:
             words += ["--calibration", str(self.text), "--calibration-windows", str(case.windows)]
             words += ["--calibration-length", str(case.length)]
-        plan = [*self._llmq("plan"), *words, "--json", *(["--measure"] if self.timed else [])]
-        planned = json.loads(_json_of(run_measured(plan, self._environment()).output))
+        plan = ["plan", *words, "--json", *(["--measure"] if self.timed else [])]
+        planned = json.loads(_json_of(run_measured("llmq", plan, self._environment()).output))
         out = self.models / f".{case.model}-{case.scheme}"
-        done = run_measured([*self._llmq("quantize"), *words, "-o", str(out), "--force", "--restart"], self._environment())
+        done = run_measured("llmq", ["quantize", *words, "-o", str(out), "--force", "--restart"], self._environment())
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         _remove(out)
         return self._record(case, planned, done, size)
@@ -104,16 +119,13 @@ class Runner:
         return ResultRecord(
             kind="quantize",
             subject=Subject(model=case.model, checkpoint_sha256=sha256_files(files), scheme=case.scheme, options=options),
-            protocol=Protocol(name="scale", version=1, params={"peak": "ru_maxrss", "threads": self.threads}),
+            protocol=Protocol(name="scale", version=1, params={"peak": "VmHWM", "threads": self.threads}),
             metrics=metrics,
             environment=capture(self.threads),
         )
 
-    def _llmq(self, verb: str) -> list[str]:
-        return [sys.executable, "-m", "llmq", verb]
-
     def _environment(self) -> dict[str, str]:
-        paths = [str(SCRIPTS.parent), os.environ.get("PYTHONPATH", "")]
+        paths = [str(SCRIPTS.parent), str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
         threads = {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
         return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **threads}
 

@@ -14,13 +14,15 @@ from cli_runs import run_llmq
 from safetensors.torch import load_file
 
 PEAK = """
-import json, resource, sys
+import json, sys
 from llmq.cli import main
 sys.argv = ["llmq", *json.loads(sys.argv[1])]
 try:
     main()
 finally:
-    sys.stderr.write(f"\\npeak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}")
+    # ru_maxrss would begin at the size of the process that this one was forked from
+    status = open("/proc/self/status").read()
+    sys.stderr.write(f"\\npeak {int(status.split('VmHWM:')[1].split()[0]) * 1024}")
 """
 
 

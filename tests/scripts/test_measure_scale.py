@@ -56,11 +56,16 @@ def test_a_record_replaces_that_of_its_case(script: ModuleType, tmp_path: Path) 
     assert cases == [record.subject.options["case"] for record in records]  # the catalogue's order
 
 
-def test_the_peak_is_that_of_the_process(script: ModuleType) -> None:
+def test_the_peak_is_that_of_the_process_alone(script: ModuleType, tmp_path: Path) -> None:
     from scale.running import run_measured
 
-    empty = run_measured([sys.executable, "-c", "pass"], {})
-    filled = run_measured([sys.executable, "-c", "x = bytearray(b'1' * 50_000_000)"], {})
-    assert filled.peak_bytes - empty.peak_bytes > 80_000_000  # the bytes, and their copy
-    with pytest.raises(InputError, match="ended with 3: so it goes"):
-        run_measured([sys.executable, "-c", "print('so it goes'); raise SystemExit(3)"], {})
+    (tmp_path / "empty.py").write_text("print('here')")
+    (tmp_path / "filled.py").write_text("import sys\nx = bytearray(b'1' * (50_000_000 + len(sys.argv)))")  # and its copy
+    (tmp_path / "broken.py").write_text("print('so it goes')\nraise SystemExit(3)")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    empty, filled = (run_measured(module, [], environment) for module in ("empty", "filled"))
+    assert empty.output.strip() == "here"
+    assert empty.peak_bytes < 50_000_000  # less than the process that started it
+    assert 80_000_000 < filled.peak_bytes - empty.peak_bytes < 120_000_000
+    with pytest.raises(InputError, match="`broken a` ended with 3: so it goes"):
+        run_measured("broken", ["a"], environment)
