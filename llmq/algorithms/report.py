@@ -30,6 +30,7 @@ class LayerReport:
         rtn_rows: rows for which rounding to nearest lost less, and was kept.
         fallback: why rounding to nearest was used for the whole layer; None where it was not.
         tuned: the block was then learned as a whole, with other codes.
+        format: what the linear became, as plain data, where that is not its scheme's format; None where it is.
         seconds: wall time. Not part of `to_json`: the same run writes the same bytes.
     """
 
@@ -43,6 +44,7 @@ class LayerReport:
     rtn_rows: int = 0
     fallback: str | None = None
     tuned: bool = False
+    format: dict[str, Any] | None = None
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:

@@ -110,6 +110,33 @@ def rounded(x: Tensor, activation: ActivationGrid, scale: Tensor | None) -> Tens
     return (codes * row_scale).reshape(x.shape)
 
 
+def rounding_cost(
+    weight: QuantizedWeight, activation: ActivationGrid, x: Tensor, inputs_factor: Tensor, outputs_factor: Tensor
+) -> float:
+    """Estimate what rounding a linear's inputs costs the model, in nats per token.
+
+    To second order it is E[(g . W d)^2] / 2 with the gradients g of the linear's outputs and the rounding errors d = x_hat - x.
+    Fisher factors (`algorithms.fisher`) know g only together with x: H_O is E[|x|^2 g^T g] up to its size, and tr(H_I) that of
+    E[|x|^2 |g|^2]. Rounding errors grow with their token's inputs, so |x|^2 is a weight that they would have anyway:
+
+        cost = tr(H_I) / E|x|^2  x  E[(W d)^T H_O (W d)] / 2
+
+    Args:
+        weight: [N, K].
+        activation: how inputs are rounded.
+        x: [R, K] inputs.
+        inputs_factor: H_I [K, K].
+        outputs_factor: H_O [N, N], with a mean diagonal of 1.
+    """
+    x = x.float()
+    energy = x.square().sum(1).mean()
+    if energy == 0:
+        return 0.0
+    errors = (rounded(x, activation, weight.input_scale) - x) @ weight.dequantize().t()
+    moved = ((errors @ outputs_factor) * errors).sum(1).mean()
+    return float(inputs_factor.trace() / energy * moved / 2)
+
+
 def _split(inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Return the batches to compute weights from, and those to check them on: every eighth; the same where there is only one."""
     if len(inputs) == 1 and len(inputs[0]) > 1:

@@ -32,7 +32,7 @@ from llmq.progress import SILENT, Progress
 from llmq.ranks import Ranks, join_ranks
 from llmq.results.coverage import Coverage
 from llmq.results.record import Metric, Protocol, ResultRecord
-from llmq.schemes.cover import coverage
+from llmq.schemes.cover import as_done, coverage
 
 _VERSIONED = ("torch", "safetensors")
 """Packages whose version can change the bytes that are written."""
@@ -223,7 +223,9 @@ def _covered(recipe: Recipe, settled: Settled, compute: torch.dtype, reports: li
     """Return what became of every parameter."""
     dtypes = {decision.fqn: decision.parameter.dtype for decision in settled.decisions}
     noise = {report.fqn: report.sqnr_db for report in reports}
-    return recipe.explain(coverage(settled.resolved.name, settled.decisions, dtypes=dtypes, noise=noise, compute=compute))
+    return recipe.explain(
+        coverage(settled.resolved.name, as_done(settled.decisions, reports), dtypes=dtypes, noise=noise, compute=compute)
+    )
 
 
 def _skipped(covered: Coverage) -> dict[str, str]:

@@ -34,6 +34,7 @@ from llmq.calibration.sharing import quantize_linears, refuse_shared
 from llmq.calibration.stages import BlockModel, InMemory, Keeper, Stage, block_model, stages_of
 from llmq.errors import SchemeError, TextError
 from llmq.files import trim_heap
+from llmq.numerics.grid import format_from_json
 from llmq.numerics.weight import QuantizedWeight
 from llmq.progress import SILENT, Progress
 from llmq.ranks import Ranks
@@ -41,7 +42,7 @@ from llmq.results.coverage import Coverage
 from llmq.schemes.apply import NO_OVERRIDES, decide, plain_weight, quantized_parameter, wrap_floats_
 from llmq.schemes.base import ResolvedScheme
 from llmq.schemes.block import EMBEDDING, BlockWork
-from llmq.schemes.cover import Decision, coverage
+from llmq.schemes.cover import Decision, as_done, coverage, describe_format
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def quantize_sequential(  # noqa: PLR0913 - what to apply, where, and how
     settings = replace(settings, factors=factors)
     reports = Walk(model, decisions, calibration, settings=settings).run(progress=progress)
     noise = {report.fqn: report.sqnr_db for report in reports}
-    return coverage(resolved.name, decisions, dtypes=dtypes, noise=noise, compute=None), reports
+    return coverage(resolved.name, as_done(decisions, reports), dtypes=dtypes, noise=noise, compute=None), reports
 
 
 class Walk:
@@ -167,6 +168,8 @@ class Walk:
         for report in reports:
             if report.fallback is not None:
                 progress.note(f"{report.fqn} was rounded to nearest: {report.fallback}")
+            if report.format is not None:
+                progress.note(f"{report.fqn} became {describe_format(format_from_json(report.format))}")
         return reports
 
     def _share(self) -> range:
@@ -272,9 +275,12 @@ class Walk:
         for index, name in enumerate(names):
             decision = stage.targets[name]
             assert decision.linear is not None
-            assert decision.format is not None
+            assert decision.scheme is not None
             dtype = plain_weight(decision.linear.weight).dtype
-            decision.linear.weight = quantized_parameter(ordered[name], decision.format, dtype)
+            form = decision.scheme.scheme.format_of(ordered[name], decision.scheme.options)
+            if form != decision.format:
+                reports[name] = replace(reports[name], format=form.to_json())
+            decision.linear.weight = quantized_parameter(ordered[name], form, dtype)
             go(n * (index + 1) // len(names) - n * index // len(names))
         if not names:
             go(n)
@@ -291,13 +297,17 @@ class Walk:
             return None
         if decision.scheme is None or Needs.FISHER not in decision.scheme.needs:
             return Statistics(hessian, upstream)
+        return Statistics(hessian, upstream, *self._fisher(decision))
+
+    def _fisher(self, decision: Decision) -> tuple[Tensor, Tensor]:
+        """Return the factors of a linear as it is after scales were folded into its block."""
         if self.settings.factors is None:
-            raise SchemeError(f"{decision.scheme.name} needs Fisher factors of {decision.fqn}; give the walk `factors`.")
+            raise SchemeError(f"the Fisher factors of {decision.fqn} are needed; give the walk `factors`.")
         inputs, outputs = self.settings.factors.read(decision.fqn)
         if decision.fqn in self._folded:  # factors are of the original: x is divided by what columns are multiplied by
-            columns, rows = self._folded.pop(decision.fqn)
+            columns, rows = self._folded[decision.fqn]
             inputs, outputs = inputs / columns[:, None] / columns, outputs * rows[:, None] * rows
-        return Statistics(hessian, upstream, inputs, outputs)
+        return inputs, outputs
 
     def _prepare(self, stage: Stage, block: BlockWork) -> None:
         """Let each scheme change the block's float weights; norms that changed go into the model."""
@@ -340,6 +350,7 @@ class Walk:
             inputs=self._q.batches if self._q is not None else (),
             targets=self._f.batches if self._f is not None else None,
             forward=lambda module, h: stage.forward(module, h, context),
+            fisher=lambda name: self._fisher(stage.targets[name]),
         )
 
     def _runner(self, stage: Stage, work: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -375,8 +386,7 @@ def _by_scheme(stage: Stage, block: BlockWork) -> list[tuple[BlockWork, Resolved
     for scheme in schemes:
         linears = {name: linear for name, linear in block.linears.items() if stage.targets[name].scheme == scheme}
         groups = [[name for name in group if name in linears] for group in block.groups]
-        own = [group for group in groups if group]
-        parts.append((BlockWork(block.name, block.module, linears, own, block.inputs, block.targets, block.forward), scheme))
+        parts.append((replace(block, linears=linears, groups=[group for group in groups if group]), scheme))
     return parts
 
 

@@ -115,9 +115,13 @@ class Scheme(ABC, Generic[OptionsT]):
             options: of this scheme.
 
         Returns:
-            The weights to keep, by the same names and on the same grids.
+            The weights to keep, by the same names; those of another grid than the scheme's have another format, too.
         """
         return weights
+
+    def format_of(self, weight: QuantizedWeight, options: OptionsT) -> LinearFormat:  # noqa: ARG002 - most have one only
+        """Return what a linear becomes that has got this weight from `quantize_weight` or `tune_block`."""
+        return self.format(options)
 
     def quantize_weight(
         self,

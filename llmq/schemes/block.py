@@ -24,6 +24,7 @@ class BlockWork:
         inputs: batches of hidden states [B, T, hidden] that the quantized blocks before produce, bf16 or fp32.
         targets: batches of the original block's output for the original model's inputs; None unless asked for.
         forward: maps (module, hidden states in fp32) to hidden states in fp32.
+        fisher: returns H_I [K, K] and H_O [N, N] of one of `linears` as it is now; None unless they were asked for.
     """
 
     name: str
@@ -33,6 +34,7 @@ class BlockWork:
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor] | None
     forward: Callable[[nn.Module, Tensor], Tensor]
+    fisher: Callable[[str], tuple[Tensor, Tensor]] | None = None
 
     def run(self, h: Tensor) -> Tensor:
         """Return the block's output in fp32 for hidden states [B, T, hidden], with `module` as it is now."""

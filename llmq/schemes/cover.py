@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from llmq.numerics.grid import FloatGrid, Grid, IntGrid, LinearFormat
+from llmq.algorithms.report import LayerReport
+from llmq.numerics.grid import FloatGrid, Grid, IntGrid, LinearFormat, format_from_json
 from llmq.ops.tensor import QuantizedTensor
 from llmq.results.coverage import Coverage, CoverageRow
 from llmq.schemes.base import ResolvedScheme
@@ -38,6 +39,12 @@ class Decision:
     def covered(self) -> bool:
         """Whether the scheme is for it."""
         return not self.reason
+
+
+def as_done(decisions: Sequence[Decision], reports: Sequence[LayerReport]) -> list[Decision]:
+    """Return the decisions with the formats that linears really got, where a scheme gave one another than its own."""
+    formats = {report.fqn: format_from_json(report.format) for report in reports if report.format is not None}
+    return [replace(each, format=formats[each.fqn]) if each.fqn in formats else each for each in decisions]
 
 
 def coverage(

@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from llmq.algorithms.report import LayerReport, sqnr_db
-from llmq.algorithms.rounded_inputs import InputOptions, quantize_for_rounded_inputs
+from llmq.algorithms.rounded_inputs import SAMPLE_TOKENS, InputOptions, quantize_for_rounded_inputs, rounding_cost
 from llmq.algorithms.rounding import RoundingOptions, round_linear
+from llmq.algorithms.simulate import record
 from llmq.algorithms.smoothquant import Smoothing, SmoothOptions, smooth_
 from llmq.algorithms.statistics import Needs, Statistics
 from llmq.errors import SchemeError
@@ -23,6 +24,8 @@ from llmq.schemes.base import MAPPING_FIELD, Mapping, Scheme, SchemeOptions, sym
 from llmq.schemes.block import BlockWork
 
 _DEFAULTS = SmoothOptions()
+WEIGHT_ONLY = LinearFormat(IntGrid(8, None, symmetric=True, zero_point="none", scale_dtype="bfloat16"))
+"""What a linear becomes that keeps its inputs: the format of int8-weight-only."""
 SWEEPS = 1
 """Of coordinate descent under the Fisher information: at 8 bits a second one changes next to nothing."""
 
@@ -52,6 +55,13 @@ class Int8SmoothQuantOptions(SchemeOptions):
         description="added to the Hessian's diagonal where codes are compensated",
         json_schema_extra={"unit": "fraction of the mean diagonal"},
     )
+    most_input_cost: float = Field(
+        1e-4,
+        ge=0,
+        description="a linear whose inputs are estimated to cost more than this to round keeps them (int8-weight-only, as many "
+        "bits)",
+        json_schema_extra={"unit": "nats/token"},
+    )
     activations: Literal["dynamic", "static"] = Field(
         "dynamic", description="one scale a token, found as it comes, or one a linear, found with calibration text"
     )
@@ -60,6 +70,7 @@ class Int8SmoothQuantOptions(SchemeOptions):
     def idle(self) -> set[str]:
         """See `SchemeOptions.idle`."""
         idle = {"alpha_step"} if self.smoothing == "none" else set()
+        idle |= set() if self.by_fisher() else {"most_input_cost"}
         return idle if self.compensate else idle | {"damping", "metric"}
 
     def by_fisher(self) -> bool:
@@ -117,15 +128,44 @@ class Int8SmoothQuant(Scheme[Int8SmoothQuantOptions]):
 
     def tunes(self, options: Int8SmoothQuantOptions) -> bool:
         """See `Scheme.tunes`."""
-        return (options.compensate and not options.by_fisher()) or options.activations == "static"
+        return options.compensate or options.activations == "static"
 
     def tune_block(
         self, work: BlockWork, weights: dict[str, QuantizedWeight], options: Int8SmoothQuantOptions
     ) -> dict[str, QuantizedWeight]:
-        """See `Scheme.tune_block`: codes and static scales for the inputs that quantized linears produce."""
-        rounding = RoundingOptions(correction=1.0, sweeps=0, damping=options.damping, mapping=self.mapping(options))
-        how = InputOptions(rounding if options.compensate and not options.by_fisher() else None)
-        return quantize_for_rounded_inputs(work, work.groups, weights, self.format(options), how)
+        """See `Scheme.tune_block`: codes and static scales for the inputs that come, and inputs that cost too much to round."""
+        changed: dict[str, QuantizedWeight] = {}
+        if not options.by_fisher() or options.activations == "static":
+            rounding = RoundingOptions(correction=1.0, sweeps=0, damping=options.damping, mapping=self.mapping(options))
+            how = InputOptions(rounding if options.compensate and not options.by_fisher() else None)
+            changed = quantize_for_rounded_inputs(work, work.groups, weights, self.format(options), how)
+        return changed | self._keeping_inputs(work, weights | changed, options) if options.by_fisher() else changed
+
+    def format_of(self, weight: QuantizedWeight, options: Int8SmoothQuantOptions) -> LinearFormat:
+        """See `Scheme.format_of`: a weight with the scales of a weight-only kernel keeps its inputs."""
+        own = self.format(options)
+        return own if weight.grid == own.weight else WEIGHT_ONLY
+
+    def _keeping_inputs(
+        self, work: BlockWork, weights: dict[str, QuantizedWeight], options: Int8SmoothQuantOptions
+    ) -> dict[str, QuantizedWeight]:
+        """Return the weights of linears that keep their inputs."""
+        assert work.fisher is not None
+        activation, grid = self.format(options).activation, WEIGHT_ONLY.weight
+        assert activation is not None
+        assert isinstance(grid, IntGrid)
+        seen = record(work, [], inputs_of=[group[0] for group in work.groups], tokens=SAMPLE_TOKENS)
+        kept = {}
+        for group in work.groups:
+            for name in group:
+                inputs, outputs = work.fisher(name)
+                if rounding_cost(weights[name], activation, seen.inputs[group[0]], inputs, outputs) > options.most_input_cost:
+                    statistics = Statistics(inputs, None, inputs, outputs)
+                    kept[name], _ = round_linear(work.linears[name].weight.detach(), statistics, grid, self._rounding(options))
+        return kept
+
+    def _rounding(self, options: Int8SmoothQuantOptions) -> RoundingOptions:
+        return RoundingOptions(metric="fisher", sweeps=SWEEPS, damping=options.damping, mapping=self.mapping(options))
 
     def _by_fisher(
         self, weight: Tensor, statistics: Statistics, options: Int8SmoothQuantOptions, fqn: str
@@ -133,8 +173,7 @@ class Int8SmoothQuant(Scheme[Int8SmoothQuantOptions]):
         started = time.perf_counter()
         grid = self.format(options).weight
         assert isinstance(grid, IntGrid)
-        rounding = RoundingOptions(metric="fisher", sweeps=SWEEPS, damping=options.damping, mapping=self.mapping(options))
-        quantized, done = round_linear(weight, statistics, grid, rounding)
+        quantized, done = round_linear(weight, statistics, grid, self._rounding(options))
         report = LayerReport(
             fqn,
             (weight.shape[0], weight.shape[1]),

@@ -13,8 +13,9 @@ import torch
 from llmq import __version__
 from llmq.checkpoint import load_model, open_checkpoint
 from llmq.cli.app import app
-from llmq.numerics.grid import IntGrid
+from llmq.numerics.grid import IntGrid, format_from_json
 from llmq.ops.tensor import QuantizedTensor
+from llmq.schemes.cover import describe_format
 from quality.exchange import ARTEFACT, Made, Order, hand_over, is_handed_over, timed, versions_of
 
 
@@ -45,6 +46,8 @@ def main() -> None:
         else:
             assert not integer, name  # embeddings and head stay untouched
     notes = [f"{report['fqn']}: {report['fallback']}" for report in checkpoint.manifest.layers if report.get("fallback")]
+    others = {report["fqn"]: report["format"] for report in checkpoint.manifest.layers if report.get("format")}
+    notes += [f"{fqn} became {describe_format(format_from_json(form))}" for fqn, form in others.items()]
     notes += [f"{fqn} left alone: {why}" for fqn, why in checkpoint.manifest.skipped.items() if fqn != "lm_head"]
     rotation = checkpoint.manifest.rotation
     resolved = {"options": checkpoint.manifest.options, "activations": dynamic, "rotation": rotation}

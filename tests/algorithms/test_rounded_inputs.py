@@ -1,6 +1,7 @@
 """Weights for rounded inputs: statistics are those of what will come, and the block's output is nearer for it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmq.algorithms.rounded_inputs import InputOptions, quantize_for_rounded_inputs, quantized_forward, rounded
+from llmq.algorithms.fisher import FactorSums
+from llmq.algorithms.rounded_inputs import (
+    InputOptions,
+    quantize_for_rounded_inputs,
+    quantized_forward,
+    rounded,
+    rounding_cost,
+)
 from llmq.algorithms.rounding import RoundingOptions, round_linear
 from llmq.algorithms.rtn import quantize_rtn
 from llmq.algorithms.simulate import replaced
@@ -129,3 +137,25 @@ def test_refuses_formats_without_rounded_inputs(tiny_llama: Callable[..., Any], 
     work = block_work(tiny_llama(torch.float32))
     with pytest.raises(UsageError, match="inputs are rounded by formats"):
         quantize_for_rounded_inputs(work, GROUPS, start(work), LinearFormat(WEIGHT), InputOptions(ROUNDING))
+
+
+@pytest.mark.parametrize("grid", [DYNAMIC, STATIC])
+def test_cost_of_rounding_inputs_is_the_second_order_term(grid: ActivationGrid) -> None:
+    """Where inputs have one length and gradients nothing to do with them, the estimate is exact: E[(g . W d)^2] / 2."""
+    generator = torch.Generator().manual_seed(3)
+    n, k, rows = 5, 24, 7
+    weight = quantize_rtn(torch.randn(n, k, generator=generator), WEIGHT)
+    x = torch.randn(rows, k, generator=generator) * torch.randn(k, generator=generator).exp()
+    x *= 3 / x.norm(dim=1, keepdim=True)
+    if grid.static:
+        weight = replace(weight, input_scale=torch.tensor([0.02]))
+    g = torch.randn(11, n, generator=generator) * torch.tensor([1.0, 5.0, 0.2, 3.0, 0.0])
+    sums = FactorSums((n, k), torch.zeros((), dtype=torch.float64))
+    sums.add(x.double().repeat(len(g), 1), g.double().repeat_interleave(rows, 0))
+    factors = sums.finish()
+    d = (rounded(x, grid, weight.input_scale) - x).double()
+    exact = ((g.double() @ weight.dequantize().double() @ d.T) ** 2).mean() / 2
+    cost = rounding_cost(weight, grid, x, factors.inputs.float(), factors.outputs.float())
+    assert cost == pytest.approx(float(exact), rel=1e-5)
+    assert cost > 0
+    assert rounding_cost(weight, grid, torch.zeros(2, k), factors.inputs.float(), factors.outputs.float()) == 0
