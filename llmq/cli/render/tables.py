@@ -85,6 +85,7 @@ def demo_closing(model: Path) -> None:
         f'  {program} generate /tmp/wt2-8m-int4 "The ship was built in"\n'
         f"  {program} eval perplexity /tmp/wt2-8m-int4 --reference {path} --limit 48\n"
         f"  {program} compare {path} --schemes bf16,int4,int4-gptq -S group_size=32\n"
+        f"  {program} report html latest -o /tmp/wt2-8m.html\n"
         f"  {program} --help",
         soft_wrap=True,
     )
