@@ -5,22 +5,12 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from somewhere import HERE
+
 from llmq.files import sha256_text
-from llmq.results.record import Cache, Details, Environment, Histogram, Kind, Metric, Protocol, ResultRecord, Subject
+from llmq.results.record import Cache, Details, Histogram, Kind, Metric, Protocol, ResultRecord, Subject
 from llmq.results.run import Run, run_in_memory
 
-HERE = Environment(
-    llmq="0.1.0",
-    python="3.11.7",
-    packages={"torch": "2.13.0"},
-    platform="Linux",
-    cpu="Fast 9000",
-    cpu_features=["avx2"],
-    cores=2,
-    threads=2,
-    device="cpu",
-    memory_bytes=1 << 30,
-)
 KINDS_OF_LINEAR = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 LAYERS = 3
 

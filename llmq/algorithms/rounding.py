@@ -24,6 +24,7 @@ from llmq.algorithms.feedback import two_sided
 from llmq.algorithms.gptq import Factor, Factorised, GptqOptions, factorise, feed_back
 from llmq.algorithms.metric import Metric, damped
 from llmq.algorithms.refit import Scales, refit
+from llmq.algorithms.report import LayerReport, sqnr_db
 from llmq.algorithms.rtn import choose_scales, numbers_of, quantize_rtn, round_to_grid, work_dtype
 from llmq.algorithms.scale_search import SearchOptions, search_scales
 from llmq.algorithms.statistics import Statistics
@@ -106,6 +107,21 @@ class RoundingReport:
     rtn_rows: int = 0
     fallback: str | None = None
     steps: tuple[tuple[str, float], ...] = field(default=())
+
+    def of_layer(self, fqn: str, weight: Tensor, quantized: QuantizedWeight, *, seconds: float) -> LayerReport:
+        """Return it as the report of the linear `fqn` with this weight [N, K]."""
+        return LayerReport(
+            fqn,
+            (weight.shape[0], weight.shape[1]),
+            sqnr_db(weight, quantized),
+            loss=self.loss,
+            rtn_loss=self.rtn_loss,
+            damping=self.damping,
+            dead_columns=self.dead_columns,
+            rtn_rows=self.rtn_rows,
+            fallback=self.fallback,
+            seconds=seconds,
+        )
 
 
 def round_linear(

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llmq.algorithms.report import LayerReport, sqnr_db
+from llmq.algorithms.report import LayerReport
 from llmq.algorithms.rounding import round_linear
 from llmq.algorithms.statistics import Needs, Statistics
 from llmq.errors import SchemeError
@@ -59,19 +59,7 @@ class IntGptq(Scheme[CalibratedOptions]):
         if statistics.upstream is None:  # a Hessian alone was given, as to `quantize_`
             how = replace(how, correction=0.0)
         quantized, done = round_linear(weight, statistics, options.grid(self.bits), how)
-        report = LayerReport(
-            fqn,
-            (weight.shape[0], weight.shape[1]),
-            sqnr_db(weight, quantized),
-            loss=done.loss,
-            rtn_loss=done.rtn_loss,
-            damping=done.damping,
-            dead_columns=done.dead_columns,
-            rtn_rows=done.rtn_rows,
-            fallback=done.fallback,
-            seconds=time.perf_counter() - started,
-        )
-        return quantized, report
+        return quantized, done.of_layer(fqn, weight, quantized, seconds=time.perf_counter() - started)
 
 
 SCHEMES = (IntGptq(4), IntGptq(3), IntGptq(2))

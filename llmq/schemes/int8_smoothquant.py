@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmq.algorithms.report import LayerReport, sqnr_db
+from llmq.algorithms.report import LayerReport
 from llmq.algorithms.rounded_inputs import SAMPLE_TOKENS, InputOptions, quantize_for_rounded_inputs, rounding_cost
 from llmq.algorithms.rounding import RoundingOptions, round_linear
 from llmq.algorithms.simulate import record
@@ -174,19 +174,7 @@ class Int8SmoothQuant(Scheme[Int8SmoothQuantOptions]):
         grid = self.format(options).weight
         assert isinstance(grid, IntGrid)
         quantized, done = round_linear(weight, statistics, grid, self._rounding(options))
-        report = LayerReport(
-            fqn,
-            (weight.shape[0], weight.shape[1]),
-            sqnr_db(weight, quantized.dequantize()),
-            loss=done.loss,
-            rtn_loss=done.rtn_loss,
-            damping=done.damping,
-            dead_columns=done.dead_columns,
-            rtn_rows=done.rtn_rows,
-            fallback=done.fallback,
-            seconds=time.perf_counter() - started,
-        )
-        return quantized, report
+        return quantized, done.of_layer(fqn, weight, quantized, seconds=time.perf_counter() - started)
 
 
 SCHEMES = (Int8SmoothQuant(),)

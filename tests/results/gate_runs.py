@@ -5,24 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from somewhere import HERE
 
-from llmq.results.record import Environment, Metric, Protocol, ResultRecord, Subject
+from llmq.results.record import Metric, Protocol, ResultRecord, Subject
 from llmq.results.run import Run, run_in_memory
 from llmq.results.tokens import TokenFigures
 
 WINDOWS, SIZE = 20, 50
-HERE = Environment(
-    llmq="0.1.0",
-    python="3.11.7",
-    packages={"torch": "2.13.0"},
-    platform="Linux",
-    cpu="Fast 9000",
-    cpu_features=["avx2"],
-    cores=2,
-    threads=2,
-    device="cpu",
-    memory_bytes=1 << 30,
-)
 INT4 = Subject(
     model="tiny",
     checkpoint_sha256="a" * 64,

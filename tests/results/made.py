@@ -6,23 +6,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
+from somewhere import HERE
 
-from llmq.results.record import Environment, Kind, Metric, Protocol, ResultRecord, Subject
+from llmq.results.record import Kind, Metric, Protocol, ResultRecord, Subject
 from llmq.results.tokens import TokenFigures
 
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)
-HERE = Environment(
-    llmq="0.1.0",
-    python="3.11.7",
-    packages={"torch": "2.13.0"},
-    platform="Linux",
-    cpu="a CPU",
-    cpu_features=["avx2"],
-    cores=2,
-    threads=2,
-    device="cpu",
-    memory_bytes=1,
-)
 
 
 def made(

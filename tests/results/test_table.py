@@ -6,24 +6,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from somewhere import HERE
 
 from llmq.errors import UsageError
 from llmq.results.markdown import is_fresh, to_markdown, update_marked_section
-from llmq.results.record import Cache, Environment, Kind, Metric, Protocol, ResultRecord, Subject
+from llmq.results.record import Cache, Kind, Metric, Protocol, ResultRecord, Subject
 from llmq.results.table import Column, Table, comparison_table
 
-HERE = Environment(
-    llmq="0.1.0",
-    python="3.11.7",
-    packages={"torch": "2.13.0"},
-    platform="Linux",
-    cpu="Fast 9000",
-    cpu_features=["avx2"],
-    cores=2,
-    threads=2,
-    device="cpu",
-    memory_bytes=1 << 30,
-)
 QUALITY = {"length": 256, "limit": None, "bos": "one, at the start", "text": "wikitext-2 test", "text_sha256": "f" * 64} | {
     "n_windows": 100,
     "n_scored_tokens": 25500,
