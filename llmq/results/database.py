@@ -91,7 +91,12 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     """Bring the layout up to date, in one transaction."""
-    version = _version(connection, path)
+    connection.execute("BEGIN")  # both numbers of one moment: another process may be making the tables
+    try:
+        version = _version(connection, path)
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
     if version == len(MIGRATIONS):
         return
     if version == 0:
