@@ -104,6 +104,7 @@ def _header(records: Sequence[ResultRecord]) -> str:
     versions = {f"{name} {number}" for record in records for name, number in record.subject.options["versions"].items()}
     original = first.metrics["reference_perplexity"].value
     calibration = next((found for record in records if (found := record.subject.options["calibration"])), None)
+    threads = sorted({record.environment.threads for record in records})
     lines = {
         "model": f"{first.subject.model} (sha256 {first.subject.checkpoint_sha256[:12]}), perplexity {original:.2f} in fp32",
         "text": f"{params['text']} (sha256 {params['text_sha256'][:12]})",
@@ -112,7 +113,7 @@ def _header(records: Sequence[ResultRecord]) -> str:
         "calibration": "none"
         if calibration is None
         else f"{calibration['text']}, windows of {calibration['length']} tokens drawn with seed {calibration['seed']}",
-        "machine": f"{here.cpu}, {here.cores} cores, {here.threads} threads",
+        "machine": f"{here.cpu}, {here.cores} cores; threads: {' or '.join(map(str, threads))}",
         "versions": ", ".join(sorted(versions)),
     }
     return "  \n".join(f"**{key}:** {value}" for key, value in lines.items())
