@@ -5,6 +5,14 @@
 namespace llmq {
 namespace {
 
+// Hides where a pointer comes from. GCC 12 otherwise vectorizes the loads of R rows as if there were a multiple of four of them,
+// and reads rows that do not exist, behind the end of the buffer.
+template <class T>
+inline const T* opaque(const T* pointer) {
+  asm("" : "+r"(pointer));
+  return pointer;
+}
+
 struct Isa {
   static constexpr int kUnit8 = 2;
   static constexpr uint8_t kFlip8 = 0;
@@ -35,7 +43,7 @@ struct Isa {
       int16_t w[kPanel * kUnit8];  // widened once, used by every row
       for (int j = 0; j < kPanel * kUnit8; ++j) w[j] = static_cast<int8_t>(weights[j]);
       for (int r = 0; r < R; ++r) {
-        const int16_t* codes = reinterpret_cast<const int16_t*>(o.codes + r * o.plane_bytes) + k;
+        const int16_t* codes = opaque(reinterpret_cast<const int16_t*>(o.codes + r * o.plane_bytes) + k);
         const int32_t c0 = codes[0], c1 = codes[1];
         for (int j = 0; j < kPanel; ++j) sums[r][j] += c0 * w[2 * j] + c1 * w[2 * j + 1];
       }
@@ -56,7 +64,7 @@ struct Isa {
           last[j] = weights[4 * j + t] >> 4;
         }
         for (int r = 0; r < R; ++r) {
-          const int8_t* codes = reinterpret_cast<const int8_t*>(o.codes + r * o.plane_bytes) + k + t;
+          const int8_t* codes = opaque(reinterpret_cast<const int8_t*>(o.codes + r * o.plane_bytes) + k + t);
           const int32_t c0 = codes[0], c1 = codes[4];
           for (int j = 0; j < kPanel; ++j) sums[r][j] += c0 * first[j] + c1 * last[j];
         }
@@ -92,7 +100,7 @@ struct Isa {
                        : reinterpret_cast<const F32*>(weights)[half * kPanel + j].value;
         }
         for (int r = 0; r < R; ++r) {
-          const float x = o.rows[r * o.row_floats + k + half];
+          const float x = *opaque(o.rows + r * o.row_floats + k + half);
           for (int j = 0; j < kPanel; ++j) sums[r][j] += x * w[j];
         }
       }
