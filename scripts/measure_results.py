@@ -58,7 +58,7 @@ def measure(request: CompareRequest, path: Path, dtype: str = "bf16") -> None:
         comparison = compare_schemes(request, Setup(dtype=dtype), progress=progress)
     render.comparison(comparison)
     with atomic_path(path, force=True) as temporary:
-        append_records(temporary, comparison.records)
+        append_records(temporary, [record.without_tokens() for record in comparison.records])  # a megabyte each
 
 
 if __name__ == "__main__":

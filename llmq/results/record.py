@@ -149,3 +149,7 @@ class ResultRecord(_Strict):
         """Return this record with the figures of its scored tokens, or without them but still naming them."""
         sha256 = self.tokens_sha256 if tokens is None else tokens.sha256
         return self.model_copy(update={"tokens": tokens, "tokens_sha256": sha256})
+
+    def without_tokens(self) -> ResultRecord:
+        """Return this record without any figures of its scored tokens, for where their room counts more than later pairing."""
+        return self.model_copy(update={"tokens": None, "tokens_sha256": None})

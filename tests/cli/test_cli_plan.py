@@ -82,12 +82,9 @@ def test_the_peak_of_wider_models_is_as_planned(
 @pytest.mark.slow
 def test_size_time_and_memory_are_as_planned(wt2_8m: Path, calibration_text: Path, tmp_path: Path) -> None:
     arguments = [str(wt2_8m), "-s", "int4-gptq", "--calibration", str(calibration_text), "--calibration-windows", "16"]
-    planned = json.loads(run_llmq("plan", *arguments, "--measure", "--json").stdout)
-    command = ["quantize", *arguments, "-o", str(tmp_path / "out"), "--json"]
+    planned = json.loads(_process("plan", *arguments, "--measure", "--json").stdout)
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, json.dumps(command)], capture_output=True, text=True, check=True, env=dict(os.environ)
-    )
+    done = _process("quantize", *arguments, "-o", tmp_path / "out", "--json")
     seconds = time.perf_counter() - started
     stored = load_file(tmp_path / "out" / "model.safetensors").values()
     assert planned["total_bytes"] == sum(tensor.numel() * tensor.element_size() for tensor in stored)
