@@ -19,16 +19,16 @@ def test_a_line_a_scheme_in_the_order_of_time() -> None:
         ("int4", [5.5, 5.0]),
         ("bf16", [4.0]),
     ]
-    assert panel.title == "tiny, windows v1, a CPU, threads 2"
+    assert panel.title == "tiny, windows v1, Fast 9000, threads 2"
 
 
 def test_what_must_not_be_compared_gets_panels_of_its_own() -> None:
     other = {"window": 512}
     panels = timeline([made(value=1.0), made(value=2.0, params=other), made(value=3.0, model="big")], "perplexity.perplexity")
     assert [panel.title for panel in panels] == [
-        "tiny, windows v1, a CPU, threads 2, window 256",
-        "tiny, windows v1, a CPU, threads 2, window 512",
-        "big, windows v1, a CPU, threads 2, window 256",
+        "tiny, windows v1, Fast 9000, threads 2, window 256",
+        "tiny, windows v1, Fast 9000, threads 2, window 512",
+        "big, windows v1, Fast 9000, threads 2, window 256",
     ]
     with pytest.raises(UsageError, match="measured in 7 ways that cannot share an axis"):
         timeline([made(params={"window": n}) for n in range(7)], "perplexity")
