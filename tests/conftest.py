@@ -16,6 +16,9 @@ from filelock import FileLock
 # Two OpenMP threads that spin for each other on a busy machine make a test of tiny models a hundred times slower.
 # It has to be said before torch is loaded, and the process that only hands out tests need not load it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Without a GPU, Triton's kernels run in its interpreter, which has to be said before the first `import triton`, whoever does it.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["LLMQ_HISTORY"] = "off"  # nothing is written into the user's own
 
 # Shells start what runs in the background deaf to Ctrl-C, and so would be the processes that tests start and interrupt.

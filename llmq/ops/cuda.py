@@ -27,11 +27,20 @@ _INT_MM_ROWS = 17
 """cuBLASLt's int8 product refuses fewer rows."""
 
 
-def _cuda() -> Support:
+AMPERE = (8, 0)
+"""Compute capability of the first GPUs whose tensor cores multiply bfloat16."""
+
+
+def cuda_gpu(least: tuple[int, int] = (0, 0)) -> Support:
+    """Whether there is a CUDA GPU of at least that compute capability, and a torch that uses it."""
     if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return unsupported("this torch is built without CUDA")
     if not torch.cuda.is_available():
         return unsupported("there is no CUDA GPU")
+    capability = torch.cuda.get_device_capability()
+    if capability < least:
+        needed, found = (".".join(map(str, version)) for version in (least, capability))
+        return unsupported(f"it needs compute capability {needed}, and this GPU has {found}")
     return SUPPORTED
 
 
@@ -52,13 +61,7 @@ class Tinygemm:
 
     def available(self) -> Support:
         """See `Kernel.available`."""
-        answer = _cuda()
-        if not answer.ok:
-            return answer
-        capability = torch.cuda.get_device_capability()
-        if capability < (8, 0):
-            return unsupported(f"it needs compute capability 8.0 (Ampere), and this GPU has {capability[0]}.{capability[1]}")
-        return SUPPORTED
+        return cuda_gpu(AMPERE)
 
     def supports(self, case: Case) -> Support:
         """See `Kernel.supports`."""
@@ -119,7 +122,7 @@ class CudaIntMm(CanonicalLayout):
 
     def available(self) -> Support:
         """See `Kernel.available`."""
-        return _cuda()
+        return cuda_gpu()
 
     def supports(self, case: Case) -> Support:
         """See `Kernel.supports`."""

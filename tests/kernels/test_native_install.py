@@ -20,8 +20,15 @@ def test_the_library_lands_in_the_package(plain_wheel):
     names = files_of_the_wheel(plain_wheel)
     assert "llmq/lib/libllmq_cpu.so" in names
     assert "llmq/ops/native.py" in names
-    assert "llmq/kernels/__init__.py" not in names  # it would shadow Hugging Face's package of that name
+    assert not [name for name in names if name.startswith("llmq/kernels/") and name.endswith("__init__.py")]  # one would shadow Hugging Face's package of that name
     assert not [name for name in names if name.endswith((".cpp", ".h", "CMakeLists.txt"))]
+
+
+def test_the_kernels_for_gpus_land_in_the_package(plain_wheel):
+    folder = Path(__file__).parents[2] / "kernels" / "triton"
+    kernels = {f"llmq/kernels/triton/{path.name}" for path in folder.glob("*.py")}
+    assert "llmq/kernels/triton/split.py" in kernels
+    assert kernels <= set(files_of_the_wheel(plain_wheel))
 
 
 def test_the_templates_of_reports_land_in_the_package(plain_wheel):

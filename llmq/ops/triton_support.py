@@ -1,0 +1,74 @@
+"""Whether Triton's kernels can run here, and their modules, loaded when they are first used.
+
+The kernels (`kernels/triton`, installed as `llmq.kernels.triton`) know torch and Triton only; their `Kernel` wrappers are in this
+package. Nothing here imports Triton before a kernel runs: asking costs a look at the file system.
+
+Triton's interpreter (the environment variable TRITON_INTERPRET=1, which must be set before anything imports Triton) runs the same
+kernels in Python on tensors of the CPU. The tests use it; a model is never given to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+from llmq.errors import KernelError
+from llmq.ops.cuda import AMPERE, cuda_gpu
+from llmq.ops.schema import Support, unsupported
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels are run by its interpreter in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_gpu(least: tuple[int, int] = AMPERE) -> Support:
+    """Whether Triton is here, with a CUDA GPU of at least that compute capability to run its kernels on."""
+    if not _installed():
+        return unsupported("Triton is not installed (pip install 'llmq[triton]')")
+    answer = cuda_gpu(least)
+    if answer.ok and interpreted():
+        return unsupported("TRITON_INTERPRET is 1, and Triton's interpreter is for tests; unset it")
+    return answer
+
+
+def load(name: str) -> ModuleType:
+    """Return the module of kernels `llmq.kernels.triton.<name>`.
+
+    Raises:
+        KernelError: when Triton is not installed, or llmq was installed without its GPU kernels.
+    """
+    if not _installed():
+        raise KernelError("Triton is not installed; pip install 'llmq[triton]'.")
+    return _module(name)
+
+
+def check_device(tensor: torch.Tensor) -> None:
+    """Raise KernelError unless Triton's kernels can read the tensor: on a GPU, or, in the interpreter, on the CPU."""
+    if tensor.is_cuda or (tensor.is_cpu and interpreted()):
+        return
+    raise KernelError(f"Triton's kernels take tensors on a CUDA GPU, and these are on {tensor.device}; move them there.")
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors the tensors' device has; in the interpreter those of an H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"llmq.kernels.triton.{name}")
+    except ModuleNotFoundError as error:
+        raise KernelError(f"the module of GPU kernels {name!r} cannot be loaded ({error}); reinstall llmq.") from error
