@@ -204,7 +204,7 @@ def tune(tuning: Tuning, options: TuneOptions) -> tuple[dict[str, QuantizedWeigh
     """
     work = tuning.work
     tuned = {name: TunedWeight(work.linears[name].weight, weight) for name, weight in tuning.weights.items()}
-    windows = _Windows(work.inputs, tuning.targets)
+    windows = _Windows(work.inputs, tuning.targets, next(work.module.parameters()).device)
     keep = _Keeper(tuned)
     if not tuned:
         return {}, TuneReport(0.0, 0.0, 0, 0.0)
@@ -255,34 +255,34 @@ def _measure(
     tuning: Tuning, tuned: Mapping[str, TunedWeight], windows: _Windows, chosen: Sequence[int], options: TuneOptions
 ) -> float:
     """Return the mean loss over the windows that are `chosen`."""
-    total = 0.0
+    sums = []
     with torch.no_grad():
         for start in range(0, len(chosen), options.batch):
             part = chosen[start : start + options.batch]
-            total += _loss(tuning, tuned, *windows.take(part, relative=options.relative)).item() * len(part)
-    loss = total / len(chosen)
+            sums.append(_loss(tuning, tuned, *windows.take(part, relative=options.relative)).double() * len(part))
+    loss = sum(torch.stack(sums).tolist()) / len(chosen)  # read once: a GPU is not waited for in between
     if not loss < float("inf"):
         raise SchemeError("the loss of block-wise learning is not finite; the model is broken before it is quantized.")
     return loss
 
 
 class _Windows:
-    """Single windows out of batches of them."""
+    """Single windows out of batches of them, which may be elsewhere than the block."""
 
-    def __init__(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], device: torch.device) -> None:
         if len(inputs) != len(targets) or any(h.shape != y.shape for h, y in zip(inputs, targets, strict=True)):
             raise SchemeError("block-wise learning needs a target for every input; record the original block's outputs.")
-        self.inputs, self.targets = inputs, targets
-        self._mean = float(torch.cat([importance_of(y).reshape(-1) for y in targets]).mean()) if targets else 1.0
+        self.inputs, self.targets, self._device = inputs, targets, device
+        self._mean = float(torch.cat([importance_of(y.to(device)).reshape(-1) for y in targets]).mean()) if targets else 1.0
         self.places = [(batch, row) for batch, h in enumerate(inputs) for row in range(h.shape[0])]
         if not self.places:
             raise SchemeError("block-wise learning needs at least one window of calibration text.")
 
     def take(self, chosen: Sequence[int], *, relative: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return inputs and targets [B, T, hidden], and the weights of tokens [B, T], 1 on average; fp32."""
+        """Return inputs and targets [B, T, hidden], and the weights of tokens [B, T], 1 on average; fp32, where the block is."""
         places = [self.places[index] for index in chosen]
-        h = torch.stack([self.inputs[batch][row] for batch, row in places]).float()
-        target = torch.stack([self.targets[batch][row] for batch, row in places]).float()
+        h = torch.stack([self.inputs[batch][row] for batch, row in places]).to(self._device).float()
+        target = torch.stack([self.targets[batch][row] for batch, row in places]).to(self._device).float()
         return h, target, importance_of(target) / self._mean if relative else target.new_ones(target.shape[:2])
 
     def held_out(self, count: int) -> list[int]:

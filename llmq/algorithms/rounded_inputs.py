@@ -31,7 +31,7 @@ from llmq.algorithms.simulate import Forward, Work, importance_of, record, repla
 from llmq.algorithms.smoothquant import static_scale
 from llmq.algorithms.statistics import Statistics
 from llmq.errors import UsageError
-from llmq.numerics.grid import ActivationGrid, IntGrid, LinearFormat
+from llmq.numerics.grid import Activation, IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight
 from llmq.ops.reference import quantize_activation
 
@@ -94,7 +94,7 @@ def quantize_for_rounded_inputs(
     return done
 
 
-def quantized_forward(linear: nn.Linear, weight: QuantizedWeight, activation: ActivationGrid) -> Forward:
+def quantized_forward(linear: nn.Linear, weight: QuantizedWeight, activation: Activation) -> Forward:
     """Return what a linear computes once it is quantized: its inputs rounded, its bias kept; fp32."""
     numbers = weight.dequantize()
 
@@ -104,14 +104,14 @@ def quantized_forward(linear: nn.Linear, weight: QuantizedWeight, activation: Ac
     return forward
 
 
-def rounded(x: Tensor, activation: ActivationGrid, scale: Tensor | None) -> Tensor:
+def rounded(x: Tensor, activation: Activation, scale: Tensor | None) -> Tensor:
     """Return the numbers that the codes of inputs [..., K] mean, fp32."""
     codes, row_scale = quantize_activation(x.reshape(-1, x.shape[-1]), activation, scale)
     return (codes * row_scale).reshape(x.shape)
 
 
 def rounding_cost(
-    weight: QuantizedWeight, activation: ActivationGrid, x: Tensor, inputs_factor: Tensor, outputs_factor: Tensor
+    weight: QuantizedWeight, activation: Activation, x: Tensor, inputs_factor: Tensor, outputs_factor: Tensor
 ) -> float:
     """Estimate what rounding a linear's inputs costs the model, in nats per token.
 
@@ -153,7 +153,7 @@ def _inputs(work: Work, inputs: Sequence[Tensor], name: str, forwards: dict[str,
     return seen.inputs[name], seen.importance
 
 
-def _error(linear: nn.Linear, weight: QuantizedWeight, activation: ActivationGrid, x: Tensor, importance: Tensor) -> float:
+def _error(linear: nn.Linear, weight: QuantizedWeight, activation: Activation, x: Tensor, importance: Tensor) -> float:
     with torch.no_grad():
         difference: Tensor = quantized_forward(linear, weight, activation)(x) - linear(x)
     return float((difference.square().sum(1) * importance).sum(dtype=torch.float64))
@@ -164,13 +164,13 @@ def _statistics(
     inputs: Sequence[Tensor],
     name: str,
     forwards: dict[str, Forward],
-    quantizer: tuple[ActivationGrid, Tensor | None],
+    quantizer: tuple[Activation, Tensor | None],
 ) -> Statistics:
     """Return the second moments of a linear's rounded inputs, H + D, and with exact ones less these, -D; see the module."""
     width = work.linears[name].weight.shape[1]
     hessian = torch.zeros(width, width, device=work.linears[name].weight.device)
     noise = torch.zeros(width, dtype=torch.float64, device=hessian.device)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=hessian.device)
     seen: list[Tensor] = []
     handle = work.linears[name].register_forward_pre_hook(lambda _, args: seen.append(args[0].float().reshape(-1, width)))
     try:
@@ -181,8 +181,9 @@ def _statistics(
                 weighted = x * importance
                 hessian.addmm_(weighted.t(), x)
                 noise.add_(((rounded(x, *quantizer) - x).square() * importance).sum(0, dtype=torch.float64))
-                total += float(importance.sum(dtype=torch.float64))
+                total += importance.sum(dtype=torch.float64)
     finally:
         handle.remove()
-    added = torch.diag((noise * (2 / total)).float())
-    return Statistics(hessian * (2 / total) + added, -added)
+    scale = 2 / total.item()
+    added = torch.diag((noise * scale).float())
+    return Statistics(hessian * scale + added, -added)

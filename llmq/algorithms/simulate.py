@@ -85,12 +85,12 @@ class Replay:
     def error(self, forwards: Mapping[str, Forward]) -> float:
         """Return the part's mean squared error, weighted by tokens, when linears (by names in the block) compute `forwards`."""
         inside = {name.removeprefix(self.prefix): forward for name, forward in forwards.items()}
-        total, weight = 0.0, 0.0
+        sums = []
         with torch.no_grad(), replaced(self.module, inside):
             for (args, kwargs), output, importance in zip(self.calls, self.outputs, self.importance, strict=True):
                 squares = (self.module(*args, **kwargs) - output).square().mean(-1)
-                total += (squares * importance).sum(dtype=torch.float64).item()
-                weight += importance.sum(dtype=torch.float64).item()
+                sums.append(torch.stack([each.sum(dtype=torch.float64) for each in (squares * importance, importance)]))
+        total, weight = (sum(each) for each in torch.stack(sums, 1).tolist())  # read once: a GPU is not waited for in between
         return total / weight
 
 

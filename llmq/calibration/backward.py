@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmq.calibration.activations import Activations
+from llmq.calibration.activations import Activations, Spill, brought
+from llmq.calibration.embedded import embed_windows
 from llmq.calibration.stages import EMBEDDING, HEAD, BlockModel, Keeper, Stage
-from llmq.numerics.grid import IntGrid
 from llmq.ops.tensor import QuantizedTensor
 from llmq.schemes.apply import plain_weight
 
@@ -79,7 +78,7 @@ def backward_through_head(head: FloatHead, h: Tensor, loss: Callable[[Tensor, sl
     """
     rows = h.detach().reshape(-1, h.shape[-1])
     gradient = torch.empty_like(rows)
-    total = 0.0
+    values = []
     for part in head.chunks(rows):
         leaf = rows[part].requires_grad_()
         with torch.enable_grad():
@@ -87,8 +86,8 @@ def backward_through_head(head: FloatHead, h: Tensor, loss: Callable[[Tensor, sl
         value.backward()  # type: ignore[no-untyped-call]  # torch's own gap
         assert leaf.grad is not None
         gradient[part] = leaf.grad
-        total += float(value.detach())
-    return gradient.view(h.shape), total
+        values.append(value.detach())  # read once all are on their way: a GPU is not waited for in between
+    return gradient.view(h.shape), sum(torch.stack(values).tolist())
 
 
 class Boundaries:
@@ -99,7 +98,7 @@ class Boundaries:
     """
 
     def __init__(
-        self, model: BlockModel, stages: Sequence[Stage], keeper: Keeper, *, every: int | None = 1, spill: Path | None = None
+        self, model: BlockModel, stages: Sequence[Stage], keeper: Keeper, *, every: int | None = 1, spill: Spill = None
     ) -> None:
         """Take note of how; `fill` computes.
 
@@ -108,7 +107,7 @@ class Boundaries:
             stages: the blocks.
             keeper: who has the parameters.
             every: keep the states before every so many-th block; None: only those after the last.
-            spill: folder on whose disk states lie; None: in memory.
+            spill: where states lie.
         """
         self._model, self._stages, self._keeper = model, stages, keeper
         self._every, self._spill = every, spill
@@ -119,7 +118,7 @@ class Boundaries:
         """Run all windows through all blocks.
 
         Args:
-            windows: int64 [n, T].
+            windows: integers [n, T].
             dtype: in which states are kept.
             go: hears of each window that went through a block.
 
@@ -127,13 +126,7 @@ class Boundaries:
             The states after the last block.
         """
         self._keeper.open(EMBEDDING)
-        first = self._model.embed(windows[:1])
-        states = Activations((len(windows), windows.shape[1], first.shape[2]), dtype, spill=self._spill)
-        start = 0
-        for batch in states.batches:
-            batch.copy_(self._model.embed(windows[start : start + len(batch)]))
-            start += len(batch)
-        self.context = self._model.context(first.float())
+        states, self.context = embed_windows(self._model, windows, dtype, spill=self._spill)
         self._keeper.leave(EMBEDDING)
         return self._forward(states, range(len(self._stages)), self._every, go)
 
@@ -158,14 +151,14 @@ class Boundaries:
                 states = states.like(spill=self._spill)
             with opened(self._keeper, self._stages[index]) as block:
                 for batch in states.batches:
-                    batch.copy_(self._stages[index].forward(block, batch.float(), self.context))
+                    batch.copy_(self._stages[index].forward(block, brought(batch, states.device), self.context))
                     go(len(batch))
         return states
 
 
 def float_values(parameter: Tensor) -> Tensor:
     """Return the numbers of a parameter in fp32, quantized or not; an fp32 parameter's own memory is shared."""
-    if isinstance(parameter, QuantizedTensor) and isinstance(parameter.format.weight, IntGrid):
+    if isinstance(parameter, QuantizedTensor) and parameter.format.quantized:
         return parameter.weight.dequantize()
     return plain_weight(parameter).float()
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmq.algorithms.distillation import divergence
-from llmq.calibration.activations import activation_dtype
+from llmq.calibration.activations import Spill, activation_dtype
 from llmq.calibration.backward import Boundaries, FloatHead, open_head
 from llmq.calibration.stages import BlockModel, InMemory, Keeper, block_model, stages_of
 from llmq.calibration.student import Loss, Student
@@ -47,7 +46,7 @@ class DistillSettings:
         seed: of the order of the windows.
         hold: keep all blocks' graphs in memory, see `Student`.
         activations: dtype of the original model's hidden states after the last block, 'bf16' or 'fp32'.
-        spill: folder on whose disk they lie; None: in memory.
+        spill: where they lie.
         ranks: the processes that share the windows.
     """
 
@@ -62,7 +61,7 @@ class DistillSettings:
     seed: int = 0
     hold: bool = False
     activations: str = "fp32"
-    spill: Path | None = None
+    spill: Spill = None
     ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
@@ -145,12 +144,12 @@ class Original:
         stages = [stage for stage in stages_of(model, []) if not stage.is_head]
         boundaries = Boundaries(model, stages, keeper, every=None, spill=settings.spill)
         with torch.no_grad():
-            self._states = boundaries.fill(windows, activation_dtype(settings.activations), go).states
+            self._states = boundaries.fill(windows, activation_dtype(settings.activations), go)
         self._head: FloatHead = open_head(model, keeper)
 
     def loss(self, which: Tensor, temperature: float) -> Loss:
         """Return the summed divergence from it, for the windows with these indices [B]."""
-        rows = self._states[which].flatten(0, 1)
+        rows = self._states.windows(which).flatten(0, 1)
 
         def of(logits: Tensor, part: slice) -> Tensor:
             with torch.no_grad():
@@ -215,7 +214,7 @@ class _Trainer:
         self._count, self._held_out, self._length = len(tokens) - held_out, held_out, tokens.shape[1]
         share = self._ranks.share(len(tokens))
         self._mine = torch.arange(share.start, share.stop)
-        self.windows = tokens[share.start : share.stop].long()
+        self.windows = tokens[share.start : share.stop]
         per_epoch = -(-self._count // settings.batch)
         self._steps = settings.epochs * per_epoch
         scales, zeros, norms = student.groups()

@@ -33,7 +33,7 @@ class Factors(Protocol):
         ...
 
     def read(self, fqn: str) -> tuple[Tensor, Tensor]:
-        """Return H_I and H_O of a linear."""
+        """Return H_I and H_O of a linear, on the CPU."""
         ...
 
     def finish(self) -> None:
@@ -42,7 +42,7 @@ class Factors(Protocol):
 
 
 class FactorMemory:
-    """Factors in memory, for models whose factors fit there."""
+    """Factors in the host's memory, for models whose factors fit there."""
 
     def __init__(self) -> None:
         self.complete = False
@@ -50,7 +50,7 @@ class FactorMemory:
 
     def write(self, fqn: str, inputs: Tensor, outputs: Tensor) -> None:
         """See `Factors.write`."""
-        self._held[fqn] = (inputs, outputs)
+        self._held[fqn] = (inputs.cpu(), outputs.cpu())
 
     def read(self, fqn: str) -> tuple[Tensor, Tensor]:
         """See `Factors.read`."""
@@ -81,7 +81,7 @@ class FactorFiles:
         file = self._file(fqn)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"inputs": inputs.contiguous(), "outputs": outputs.contiguous()}, file)
+            save_file({"inputs": inputs.cpu().contiguous(), "outputs": outputs.cpu().contiguous()}, file)
             with file.open("rb") as written:
                 os.fsync(written.fileno())  # `complete` must not outlast a loss of power that they do not
         except (OSError, SafetensorError) as error:  # the writer has an error of its own for a full disk

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmq.algorithms.fisher import FactorSums, FisherFactors, sample_labels, window_uniforms
-from llmq.calibration.activations import Activations, activation_dtype
+from llmq.calibration.activations import Activations, Spill, activation_dtype, brought
 from llmq.calibration.backward import Boundaries, FloatHead, backward_through_head, open_head, opened
 from llmq.calibration.stages import BlockModel, InMemory, Keeper, Stage, block_model, stages_of
 from llmq.errors import SchemeError, UsageError
@@ -39,7 +38,7 @@ class FisherSettings:
         activations: dtype of the hidden states between blocks, 'bf16' or 'fp32'.
         gradients: dtype of the gradients between blocks.
         every: hidden states are kept before every so many-th block, and computed again elsewhere; 1: before each.
-        spill: folder on whose disk hidden states and gradients lie; None: in memory.
+        spill: where hidden states and gradients lie.
         ranks: the processes that share the windows.
     """
 
@@ -48,7 +47,7 @@ class FisherSettings:
     activations: str = "bf16"
     gradients: str = "bf16"
     every: int = 1
-    spill: Path | None = None
+    spill: Spill = None
     ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
@@ -97,7 +96,7 @@ class _Backward:
         _check_found(wanted, own)
         settings, keeper = self.settings, self.keeper
         share = settings.ranks.share(len(tokens))
-        windows = tokens[share.start : share.stop].long()
+        windows = tokens[share.start : share.stop]
         first = next((index for index, names in enumerate(own) if names), len(own))
         boundaries = Boundaries(self.model, self.stages, keeper, every=settings.every, spill=settings.spill)
         again = len(own) - -(-len(own) // settings.every) if settings.every > 1 else 0
@@ -118,17 +117,17 @@ class _Backward:
         """Draw labels, and return the gradients by the states after the last block."""
         head: FloatHead = open_head(self.model, self.keeper)
         n, length, hidden = states.states.shape
-        gradients = Activations((n, length, hidden), activation_dtype(self.settings.gradients), spill=self.settings.spill)
+        dtype, device = activation_dtype(self.settings.gradients), states.device
+        gradients = Activations((n, length, hidden), dtype, spill=self.settings.spill, device=device)
         window = share.start
         for h, out in zip(states.batches, gradients.batches, strict=True):
             uniforms = torch.cat([window_uniforms(self.settings.seed, window + i, length) for i in range(len(h))])
-            device = h.device
 
-            def loss(logits: Tensor, rows: slice, uniforms: Tensor = uniforms, device: torch.device = device) -> Tensor:
-                labels = sample_labels(logits.detach(), uniforms[rows].to(device))
+            def loss(logits: Tensor, rows: slice, uniforms: Tensor = uniforms.to(device)) -> Tensor:
+                labels = sample_labels(logits.detach(), uniforms[rows])
                 return F.cross_entropy(logits, labels, reduction="sum")
 
-            gradient, _ = backward_through_head(head, h.float(), loss)
+            gradient, _ = backward_through_head(head, brought(h, device), loss)
             out.copy_(gradient)
             window += len(h)
             go(len(h))
@@ -150,7 +149,7 @@ class _Backward:
                 for name, linear in linears.items()
             }
             for h, g in zip(states.batches, gradients.batches, strict=True):
-                by_input = _backward(linears, run, h.float(), g.float(), sums)
+                by_input = _backward(linears, run, brought(h, states.device), brought(g, states.device), sums)
                 if number == self.settings.rounds - 1:
                     g.copy_(by_input)
                 go(len(h))

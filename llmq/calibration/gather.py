@@ -15,7 +15,7 @@ from llmq.files import trim_heap
 from llmq.ranks import Ranks
 
 Run = Callable[[Tensor], Tensor]
-"""Maps hidden states in fp32 to the block's output, with the weights that the block has now."""
+"""Maps hidden states, as they are kept, to the block's output in fp32, with the weights that the block has now."""
 
 
 class Upstream:
@@ -71,7 +71,7 @@ def find_groups(linears: dict[str, nn.Linear], run: Run, h: Tensor) -> list[list
     """Return the names of the linears that read the same input, in the order of their calls; silent ones are left out."""
     seen = LinearGroups()
     with inputs_of(linears, seen.see):
-        run(h.float())
+        run(h)
     return [list(dict.fromkeys(group)) for group in seen.groups]
 
 
@@ -113,12 +113,12 @@ def gather(
     for number, (h, original) in enumerate(batches):
         if original is not None and (paired or outputs is not None):
             with inputs_of(paired, see_original):
-                out = run(original.float())
+                out = run(original)
             if outputs is not None:
                 outputs[number].copy_(out)
         if watched:
             with inputs_of(watched, see), suppress(_AllSeen):
-                run(h.float())
+                run(h)
         advance(len(h))
     trim_heap()
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from llmq.algorithms.statistics import Needs, Statistics
-from llmq.calibration.activations import BATCH_TOKENS, Activations, activation_dtype
+from llmq.calibration.activations import activation_dtype
+from llmq.calibration.embedded import embed_windows, embedded
 from llmq.calibration.factors import Factors
 from llmq.calibration.gather import input_hessians
 from llmq.calibration.partial import changed, fqn_of, linears_of, run_from
@@ -66,11 +67,12 @@ class Question:
         """Whether Fisher factors are needed, by a candidate or by the method."""
         return self.method == "fisher" or Needs.FISHER in self.needs
 
-    def factors_of(self, fqn: str) -> tuple[Tensor, Tensor]:
-        """Return H_I [K, K] and H_O [N, N] of a linear; raises SchemeError when there are none."""
+    def factors_of(self, fqn: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return H_I [K, K] and H_O [N, N] of a linear on a device; raises SchemeError when there are none."""
         if self.factors is None:
             raise SchemeError(f"Fisher factors of {fqn} are needed and none are given; estimate them first.")
-        return self.factors.read(fqn)
+        inputs, outputs = self.factors.read(fqn)
+        return inputs.to(device), outputs.to(device)
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,9 @@ class _Measurement:
         self.stages = stages_of(model, decide(model, question.candidates[0], skip=skip, skip_unfit=True))
         self.wanted = set(named) - set(skip)
         dtype = activation_dtype(question.activations)
-        self.states = _embedded(model, tokens, dtype) if question.needs.calibration else None
-        self.held_out = _embedded(model, held_out, torch.float32) if question.method == "measured" else None
-        self.context = model.context(model.embed(tokens[:1].long()).float())
+        self.states = embed_windows(model, tokens, dtype)[0] if question.needs.calibration else None
+        self.held_out = embed_windows(model, held_out, torch.float32)[0] if question.method == "measured" else None
+        self.context = model.context(embedded(model, tokens[:1]).float())
 
     def run(self, progress: Progress) -> list[LinearSensitivity]:
         own = [linears_of(stage, self.wanted) for stage in self.stages]
@@ -143,7 +145,7 @@ class _Measurement:
         stage = self.stages[index]
 
         def run(h: Tensor) -> Tensor:
-            return stage.forward(stage.module, h, self.context)
+            return stage.forward(stage.module, h.float(), self.context)
 
         found: list[LinearSensitivity] = []
         hessians = input_hessians(linears, run, self.states.batches) if self.states is not None and linears else {}
@@ -159,17 +161,18 @@ class _Measurement:
         if not stage.is_head:
             for states in (self.states, self.held_out):
                 for batch in states.batches if states is not None else ():
-                    batch.copy_(run(batch.float()))
+                    batch.copy_(run(batch))
         return found
 
     def _statistics(self, fqn: str, hessian: Tensor | None) -> Statistics | None:
+        """Return what is known of a linear, where its inputs' moments are."""
         if hessian is None:
             return None
         needs = self.question.needs
         upstream = torch.zeros_like(hessian) if Needs.UPSTREAM in needs else None  # the inputs are the original's own
         if Needs.FISHER not in needs:
             return Statistics(hessian, upstream)
-        return Statistics(hessian, upstream, *self.question.factors_of(fqn))
+        return Statistics(hessian, upstream, *self.question.factors_of(fqn, hessian.device))
 
     def _one(
         self, index: int, linear: nn.Linear, what: tuple[str, ResolvedScheme], statistics: Statistics | None
@@ -182,7 +185,7 @@ class _Measurement:
         quantized, _ = candidate.quantize_weight(original, statistics if candidate.needs_calibration else None, fqn)
         weight = quantized.dequantize().float()
         if self.question.method == "fisher":
-            return second_order(weight - original, *self.question.factors_of(fqn))
+            return second_order(weight - original, *self.question.factors_of(fqn, original.device))
         return self._divergence(index, linear, nn.Parameter(weight, requires_grad=False))
 
     def _reference(self) -> list[Tensor]:
@@ -215,13 +218,3 @@ def second_order(error: Tensor, input_factor: Tensor, output_factor: Tensor) -> 
         output_factor: H_O [N, N].
     """
     return 0.5 * float(((output_factor @ error) * (error @ input_factor)).sum(dtype=torch.float64))
-
-
-def _embedded(model: BlockModel, tokens: Tensor, dtype: torch.dtype) -> Activations:
-    """Return the hidden states before the first block."""
-    windows = tokens.long()
-    first = model.embed(windows[:1])
-    states = Activations((len(windows), windows.shape[1], first.shape[2]), dtype)
-    for batch, own in zip(states.batches, torch.split(windows, max(1, BATCH_TOKENS // windows.shape[1])), strict=True):
-        batch.copy_(model.embed(own))
-    return states

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from llmq.algorithms.folding import folded_scales
 from llmq.algorithms.report import LayerReport
 from llmq.algorithms.statistics import Needs, Statistics
-from llmq.calibration.activations import Activations, activation_dtype
+from llmq.calibration.activations import Activations, Spill, activation_dtype, brought
+from llmq.calibration.embedded import embed_windows
 from llmq.calibration.factors import FactorMemory, Factors, gather_factors
 from llmq.calibration.fisher import FisherSettings
 from llmq.calibration.gather import Moments, find_groups, gather
@@ -51,13 +52,13 @@ class WalkSettings:
 
     Attributes:
         activations: dtype of the hidden states between blocks: 'bf16' or 'fp32'.
-        spill: folder on whose disk they lie; None: in memory.
+        spill: where they lie.
         factors: where Fisher factors are, for schemes that need them.
         ranks: the processes that share the windows and the linears.
     """
 
     activations: str = "bf16"
-    spill: Path | None = None
+    spill: Spill = None
     factors: Factors | None = None
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -181,16 +182,9 @@ class Walk:
         self.keeper.open(EMBEDDING)
         if self.calibration is not None:
             share = self._share()
-            windows = self.calibration.tokens[share.start : share.stop].long()
-            first = self.model.embed(windows[:1])
-            shape = (len(windows), windows.shape[1], first.shape[2])
+            windows = self.calibration.tokens[share.start : share.stop]
             dtype = activation_dtype(self.settings.activations)
-            self._q = Activations(shape, dtype, spill=self.settings.spill)
-            start = 0
-            for batch in self._q.batches:
-                batch.copy_(self.model.embed(windows[start : start + len(batch)]))
-                start += len(batch)
-            self._context = self.model.context(first.float())
+            self._q, self._context = embed_windows(self.model, windows, dtype, spill=self.settings.spill)
             if self.needs & (Needs.UPSTREAM | Needs.TARGETS):
                 self._f = self._q.like(spill=self.settings.spill)
 
@@ -235,7 +229,7 @@ class Walk:
         linears = {
             name: module for name, module in work.named_modules() if name in stage.targets and isinstance(module, nn.Linear)
         }
-        run = self._runner(stage, work)
+        run = partial(self._forward, stage, work)
         groups = find_groups(linears, run, self._q.batches[0][:1]) if linears else []
         silent = [stage.targets[name].fqn for name in linears if not any(name in group for group in groups)]
         if silent:
@@ -303,7 +297,8 @@ class Walk:
         """Return the factors of a linear as it is after scales were folded into its block."""
         if self.settings.factors is None:
             raise SchemeError(f"the Fisher factors of {decision.fqn} are needed; give the walk `factors`.")
-        inputs, outputs = self.settings.factors.read(decision.fqn)
+        assert decision.linear is not None
+        inputs, outputs = (each.to(decision.linear.weight.device) for each in self.settings.factors.read(decision.fqn))
         if decision.fqn in self._folded:  # factors are of the original: x is divided by what columns are multiplied by
             columns, rows = self._folded[decision.fqn]
             inputs, outputs = inputs / columns[:, None] / columns, outputs * rows[:, None] * rows
@@ -341,7 +336,6 @@ class Walk:
 
     def _block_work(self, stage: Stage, work: nn.Module, groups: list[list[str]]) -> BlockWork:
         linears = {name: work.get_submodule(name) for name in stage.targets}
-        context = self._context
         return BlockWork(
             name=stage.prefix,
             module=work,
@@ -349,16 +343,18 @@ class Walk:
             groups=groups,
             inputs=self._q.batches if self._q is not None else (),
             targets=self._f.batches if self._f is not None else None,
-            forward=lambda module, h: stage.forward(module, h, context),
+            forward=lambda module, h: self._forward(stage, module, h),
             fisher=lambda name: self._fisher(stage.targets[name]),
         )
 
-    def _runner(self, stage: Stage, work: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda h: stage.forward(work, h, self._context)
+    def _forward(self, stage: Stage, work: nn.Module, h: Tensor) -> Tensor:
+        """Run a batch of hidden states, as they are kept, through a stage."""
+        assert self._q is not None
+        return stage.forward(work, brought(h, self._q.device), self._context)
 
     def _propagate(self, stage: Stage, work: nn.Module, states: Activations, go: Callable[[int], None]) -> None:
         for batch in states.batches:
-            batch.copy_(stage.forward(work, batch.float(), self._context))
+            batch.copy_(self._forward(stage, work, batch))
             go(len(batch))
 
 

@@ -12,7 +12,7 @@ from llmq.algorithms.report import LayerReport
 from llmq.calibration.gather import Moments
 from llmq.errors import SchemeError, UsageError
 from llmq.files import trim_heap
-from llmq.numerics.grid import IntGrid
+from llmq.numerics.grid import FloatGrid
 from llmq.numerics.weight import QuantizedWeight
 from llmq.ranks import Ranks, assign
 from llmq.schemes.apply import plain_weight
@@ -78,9 +78,10 @@ def quantize_linears(
             {name: (report.to_json(), report.seconds, weights[name].input_scale is not None) for name, report in reports.items()}
         )
         for name in names:
+            device = linears[name].weight.device
             data, seconds, has_input_scale = told[owners[name]][name]
             reports[name] = LayerReport.from_json(data, seconds=seconds)
-            weight = weights[name] if owners[name] == ranks.rank else _room(targets[name], has_input_scale=has_input_scale)
+            weight = weights[name] if owners[name] == ranks.rank else _room(targets[name], device, has_input_scale=has_input_scale)
             for tensor in weight.tensors:
                 ranks.tensor_from(tensor.view(-1).view(torch.uint8), owners[name])
             weights[name] = weight
@@ -108,11 +109,11 @@ def _cost(shape: Sequence[int], *, seen: bool) -> float:
     return k * k * (n + k) if seen else n * k
 
 
-def _room(decision: Decision, *, has_input_scale: bool) -> QuantizedWeight:
+def _room(decision: Decision, device: torch.device, *, has_input_scale: bool) -> QuantizedWeight:
     """Make room for a weight that another process has made."""
     assert decision.format is not None
     grid = decision.format.weight
-    assert isinstance(grid, IntGrid)
+    assert not isinstance(grid, FloatGrid)
     n, k = decision.parameter.shape
     weight = QuantizedWeight.empty(grid, n, k)
-    return replace(weight, input_scale=torch.empty(1)) if has_input_scale else weight
+    return (replace(weight, input_scale=torch.empty(1)) if has_input_scale else weight).to(device)

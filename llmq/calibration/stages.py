@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmq.algorithms.report import LayerReport
 from llmq.errors import UsageError
-from llmq.numerics.grid import ActivationGrid, IntGrid
+from llmq.numerics.grid import Activation
 from llmq.ops.reference import quantize_activation
 from llmq.ops.tensor import QuantizedTensor
 from llmq.schemes.apply import plain_weight
@@ -122,7 +122,7 @@ class Stage:
         work = _skeleton(self.module)
         for name, parameter in self.module.named_parameters():
             owner, _, leaf = name.rpartition(".")
-            if isinstance(parameter, QuantizedTensor) and isinstance(parameter.format.weight, IntGrid):
+            if isinstance(parameter, QuantizedTensor) and parameter.format.quantized:
                 plain = parameter.weight.dequantize()
             else:
                 plain = plain_weight(parameter).to(torch.float32, copy=True)  # an fp32 model's own memory must not change
@@ -161,7 +161,7 @@ def stages_of(model: BlockModel, decisions: Sequence[Decision]) -> list[Stage]:
     return stages
 
 
-def _rounding_inputs(grid: ActivationGrid, scale: Tensor | None) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+def _rounding_inputs(grid: Activation, scale: Tensor | None) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
     def rounded(_: nn.Module, args: tuple[Tensor]) -> Tensor:
         x = args[0]
         codes, steps = quantize_activation(x.reshape(-1, x.shape[-1]), grid, scale)
@@ -179,7 +179,7 @@ def _targets(decisions: dict[str, Decision]) -> dict[str, Decision]:
     return {
         name: decision
         for name, decision in decisions.items()
-        if decision.scheme is not None and decision.format is not None and isinstance(decision.format.weight, IntGrid)
+        if decision.scheme is not None and decision.format is not None and decision.format.quantized
     }
 
 

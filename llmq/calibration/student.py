@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmq.algorithms.distillation import TrainedGrid, TrainedVector
 from llmq.calibration.activations import BATCH_TOKENS
+from llmq.calibration.embedded import embedded
 from llmq.calibration.backward import FloatHead, backward_through_head, float_values
 from llmq.calibration.stages import EMBEDDING, HEAD, BlockModel, Keeper, Stage, stages_of
 from llmq.numerics.grid import IntGrid
@@ -91,18 +92,18 @@ class Student:
         return [tensor for group in self.groups() for tensor in group]
 
     def weights(self) -> Iterator[tuple[str, QuantizedWeight]]:
-        """Yield each trained linear's fully qualified name and its weight as it is now."""
+        """Yield each trained linear's fully qualified name and its weight as it is now, on the CPU."""
         for part in self._parts():
             self._keeper.restore(part.stage.name)
             for name, parameter in self._candidates(part):
                 if name in part.grids:
                     assert isinstance(parameter, QuantizedTensor)
-                    yield _fqn(part, name).removesuffix(".weight"), part.grids[name].apply(parameter.weight)
+                    yield _fqn(part, name).removesuffix(".weight"), part.grids[name].apply(parameter.weight).to("cpu")
             self._keeper.leave(part.stage.name)
 
     def norms(self) -> dict[str, Tensor]:
-        """Return the trained norms' weights as they are now, in their dtypes, by the names of their parameters."""
-        return {_fqn(part, name): vector.value() for part in self._parts() for name, vector in part.vectors.items()}
+        """Return the trained norms' weights as they are now, in their dtypes, on the CPU, by the names of their parameters."""
+        return {_fqn(part, name): vector.value().cpu() for part in self._parts() for name, vector in part.vectors.items()}
 
     def batches(self, count: int, length: int) -> list[slice]:
         """Return how many windows of `length` tokens go through the blocks at once."""
@@ -160,7 +161,7 @@ class Student:
 
     def _embed(self, windows: Tensor) -> Tensor:
         self._keeper.restore(EMBEDDING)
-        h = self._model.embed(windows).float()
+        h = embedded(self._model, windows).float()
         if self._context_length != windows.shape[1]:
             self._context, self._context_length = self._model.context(h[:1]), windows.shape[1]
         self._keeper.leave(EMBEDDING)

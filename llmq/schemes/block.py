@@ -21,9 +21,10 @@ class BlockWork:
             until the block is finished.
         linears: those that the scheme quantizes, by their name inside `module`, in the order of their calls.
         groups: names of `linears` that read the same input, in the order of their calls.
-        inputs: batches of hidden states [B, T, hidden] that the quantized blocks before produce, bf16 or fp32.
+        inputs: batches of hidden states [B, T, hidden] that the quantized blocks before produce, bf16 or fp32; they may be
+            elsewhere than the block (in host memory), and `run` brings them.
         targets: batches of the original block's output for the original model's inputs; None unless asked for.
-        forward: maps (module, hidden states in fp32) to hidden states in fp32.
+        forward: maps (module, hidden states as they are kept) to hidden states in fp32, where the block is.
         fisher: returns H_I [K, K] and H_O [N, N] of one of `linears` as it is now; None unless they were asked for.
     """
 
@@ -37,8 +38,8 @@ class BlockWork:
     fisher: Callable[[str], tuple[Tensor, Tensor]] | None = None
 
     def run(self, h: Tensor) -> Tensor:
-        """Return the block's output in fp32 for hidden states [B, T, hidden], with `module` as it is now."""
-        return self.forward(self.module, h.float())
+        """Return the block's output in fp32 for hidden states [B, T, hidden] of anywhere, with `module` as it is now."""
+        return self.forward(self.module, h)
 
     def fqn(self, name: str) -> str:
         """Return the fully qualified name of a linear of `linears`."""
