@@ -17,20 +17,23 @@ from llmq.numerics.affine import (
     dequantize_affine,
     quantize_affine,
 )
-from llmq.numerics.grid import IntGrid
+from llmq.numerics.float8 import DTYPE as FLOAT8
+from llmq.numerics.float8 import float8_scale, round_to_float8
+from llmq.numerics.grid import CodeGrid, Float8Grid, IntGrid
 from llmq.numerics.weight import QuantizedWeight, torch_dtype
 
 PANEL_ROWS = 256
 """Rows of a weight that are copied in the dtype to compute in at a time."""
 
 
-def quantize_rtn(weight: Tensor, grid: IntGrid, *, mapping: MappingType | None = None) -> QuantizedWeight:
+def quantize_rtn(weight: Tensor, grid: CodeGrid, *, mapping: MappingType | None = None) -> QuantizedWeight:
     """Round a weight to the nearest points of a grid.
 
     Args:
         weight: [N, K], floating point.
-        grid: the integer grid.
-        mapping: how a group's range is laid over the codes; None: SYMMETRIC for a symmetric grid, ASYMMETRIC otherwise.
+        grid: an integer or a float8 grid.
+        mapping: how a group's range is laid over integer codes; None: SYMMETRIC for a symmetric grid, ASYMMETRIC otherwise. With float8
+            a row's largest magnitude always becomes the largest code.
 
     Returns:
         The quantized weight.
@@ -39,6 +42,10 @@ def quantize_rtn(weight: Tensor, grid: IntGrid, *, mapping: MappingType | None =
         ShapeError: when the weight does not fit the grid.
         UsageError: when mapping and grid contradict each other.
     """
+    if isinstance(grid, Float8Grid):
+        if mapping is not None:
+            raise UsageError(f"a float8 grid has no mapping, got {mapping.value}; leave it out.")
+        return _float8(weight, grid)
     scale, zero_point = choose_scales(weight, grid, mapping=mapping)
     return QuantizedWeight.from_codes(grid, round_to_grid(weight, grid, scale, zero_point), scale, zero_point)
 
@@ -121,6 +128,18 @@ def numbers_of(codes: Tensor, grid: IntGrid, scale: Tensor, zero_point: Tensor |
         zero_point_domain=ZeroPointDomain(grid.zero_point),
         output_dtype=dtype,
     )
+
+
+def _float8(weight: Tensor, grid: Float8Grid) -> QuantizedWeight:
+    scale_dtype = torch_dtype(grid.scale_dtype)
+    codes = torch.empty(weight.shape, dtype=FLOAT8, device=weight.device)
+    scales = []
+    for start in range(0, len(weight), PANEL_ROWS):
+        rows = weight[start : start + PANEL_ROWS]
+        absmax = rows.abs().amax(dim=1, keepdim=True)
+        scales.append(float8_scale(absmax, torch.finfo(scale_dtype).smallest_normal).to(scale_dtype))
+        codes[start : start + PANEL_ROWS] = round_to_float8(rows, scales[-1].float())
+    return QuantizedWeight.from_codes(grid, codes, torch.cat(scales))
 
 
 def _blocks(matrix: Tensor, scale: Tensor) -> tuple[int, int]:

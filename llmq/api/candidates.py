@@ -10,7 +10,7 @@ import torch
 from llmq.algorithms.statistics import Needs
 from llmq.api.sensing import GROUPS, WIDE, default_candidates, has_relatives, with_algorithm
 from llmq.errors import UsageError
-from llmq.numerics.grid import IntGrid, LinearFormat
+from llmq.numerics.grid import LinearFormat
 from llmq.numerics.weight import float_grid
 from llmq.schemes.base import ResolvedScheme
 from llmq.schemes.overrides import Override
@@ -90,8 +90,8 @@ def settle_candidates(names: Sequence[str], base: ResolvedScheme) -> Candidates:
 
 def _read(name: str) -> ResolvedScheme:
     scheme = Override.parse(f"*={name}").resolve()
-    if not isinstance(scheme.format.weight, IntGrid):
-        raise UsageError(f"candidate {name} has no integer grid; the original weight is called {ORIGINAL}.")
+    if not scheme.format.quantized:
+        raise UsageError(f"candidate {name} quantizes nothing; the original weight is called {ORIGINAL}.")
     if Needs.FISHER in scheme.needs:
         raise UsageError(f"candidate {name} needs Fisher factors, which are not estimated here; name one that needs none.")
     if scheme.format.has_input_scale:

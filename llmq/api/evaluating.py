@@ -25,7 +25,6 @@ from llmq.evaluation.scoring import LanguageModel
 from llmq.evaluation.through_cache import scored_with
 from llmq.files import check_absent
 from llmq.model.kv_cache import AUTO, kv_name
-from llmq.numerics.grid import IntGrid
 from llmq.ops.tensor import QuantizedTensor
 from llmq.ops.usage import record_usage
 from llmq.progress import SILENT, Progress
@@ -230,7 +229,7 @@ def layer_figures(loaded: Loaded) -> dict[str, dict[str, Metric]]:
     found: dict[str, dict[str, Metric]] = {}
     for fqn, module in loaded.model.named_modules():
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, QuantizedTensor) or not isinstance(weight.format.weight, IntGrid):
+        if not isinstance(weight, QuantizedTensor) or not weight.format.quantized:
             continue
         report = reports.get(fqn)
         figures = {

@@ -24,7 +24,7 @@ from llmq.algorithms.refit import chunk_rows
 from llmq.algorithms.statistics import Needs
 from llmq.calibration.activations import BATCH_TOKENS
 from llmq.model.config import LlamaConfig
-from llmq.numerics.grid import IntGrid
+from llmq.numerics.grid import FloatGrid, IntGrid
 from llmq.schemes.cover import Decision
 
 _FLOAT, _DOUBLE = torch.float32.itemsize, torch.float64.itemsize
@@ -152,7 +152,7 @@ def _linear(decision: Decision) -> _Linear:
 def _stored_bytes(decision: Decision) -> int:
     n, k = decision.parameter.shape
     grid = decision.format.weight if decision.format is not None else None
-    return int(n * k * grid.bits_per_weight(k) / 8) if isinstance(grid, IntGrid) else 0
+    return 0 if grid is None or isinstance(grid, FloatGrid) else int(n * k * grid.bits_per_weight(k) / 8)
 
 
 def _opening(config: LlamaConfig, itemsize: int) -> dict[str, int]:
@@ -165,9 +165,10 @@ def _result(config: LlamaConfig, decisions: Iterable[Decision], itemsize: int) -
     floats = 0
     for decision in decisions:
         grid = decision.format.weight if decision.format is not None else None
-        if isinstance(grid, IntGrid):
+        if grid is not None and not isinstance(grid, FloatGrid):
             n, k = decision.parameter.shape
-            floats += _stored_bytes(decision) - n * -(-k * grid.bits // 8)
+            bits = grid.bits if isinstance(grid, IntGrid) else 8
+            floats += _stored_bytes(decision) - n * -(-k * bits // 8)
         elif not (config.tie_word_embeddings and decision.fqn == "lm_head"):
             floats += decision.parameter.numel() * itemsize
     return {"the floats of the result, when it is opened": floats}

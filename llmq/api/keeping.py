@@ -1,21 +1,22 @@
-"""The keeper of a model that is quantized from disk to disk: one part in memory at a time."""
+"""The keepers of models that are quantized from disk to disk: one part in memory, or on a device, at a time."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmq.algorithms.report import LayerReport
 from llmq.checkpoint.artefact import assemble, stored_names
 from llmq.checkpoint.job import Job
+from llmq.checkpoint.load import assign
 from llmq.checkpoint.parts import PartwiseModel
 from llmq.checkpoint.source import EMBEDDING as EMBEDDING_WEIGHT
 from llmq.checkpoint.source import HEAD as HEAD_WEIGHT
 from llmq.checkpoint.store import stored_parameter
 from llmq.errors import SchemeError
-from llmq.numerics.grid import IntGrid, LinearFormat, format_from_json
+from llmq.numerics.grid import LinearFormat, format_from_json
 from llmq.ops.tensor import QuantizedTensor
 from llmq.ranks import Ranks
 from llmq.schemes.block import EMBEDDING, HEAD
@@ -82,7 +83,7 @@ class JobKeeper:
         dtype = self.parts.model.dtype
         forms = {f"{fqn}.weight": format_from_json(data) for fqn, data in entry["formats"].items()}
         names = list(self.parts.parts[part])
-        if HEAD_WEIGHT in forms and HEAD_WEIGHT not in names and isinstance(forms[HEAD_WEIGHT].weight, IntGrid):
+        if HEAD_WEIGHT in forms and HEAD_WEIGHT not in names and forms[HEAD_WEIGHT].quantized:
             names.append(HEAD_WEIGHT)  # of a tied model: quantized, it is no longer the embedding
         for name in names:
             form = forms.get(name)
@@ -103,7 +104,7 @@ class JobKeeper:
         """Names of the parameters that are stored for a part: a tied head only where it is its own now."""
         names = list(self.parts.parts[part])
         head = self.parts.model.lm_head.weight
-        own = isinstance(head, QuantizedTensor) and isinstance(head.format.weight, IntGrid)
+        own = isinstance(head, QuantizedTensor) and head.format.quantized
         if part == HEAD and self.parts.checkpoint.config.tie_word_embeddings and own:
             names.append(HEAD_WEIGHT)
         return names
@@ -115,7 +116,7 @@ class JobKeeper:
         formats: dict[str, Any] = {}
         for name in self.names(part):
             own, form = stored_parameter(name, parameters[name], model.dtype)
-            tensors |= own
+            tensors |= {stored: tensor.cpu() for stored, tensor in own.items()}
             if form is not None:
                 formats[name.removesuffix(".weight")] = form
         if part == HEAD and HEAD_WEIGHT.removesuffix(".weight") not in formats:
@@ -139,11 +140,44 @@ class JobKeeper:
         return tensors
 
 
+class Lent:
+    """The keeper of a model that stays in the host's memory: a part is on a device as long as somebody works with it."""
+
+    def __init__(self, parts: PartwiseModel, device: torch.device) -> None:
+        """Lend the parts of a model that are all open, and on the CPU, to a device."""
+        self._parts, self._device = parts, device
+        self._held: dict[str, nn.Parameter] = {}
+
+    def open(self, part: str) -> None:
+        """See `Keeper.open`."""
+        for name in dict.fromkeys((*self._parts.parts[part], *([HEAD_WEIGHT] if part == HEAD else []))):
+            self._held[name] = self._parts.model.get_parameter(name)
+            assign(self._parts.model, name, self._held[name].detach().to(self._device))
+
+    def restore(self, part: str) -> None:
+        """See `Keeper.restore`: there is one state of it."""
+        self.open(part)
+
+    def leave(self, part: str) -> None:  # noqa: ARG002 - one is lent at a time
+        """See `Keeper.leave`."""
+        for name, parameter in self._held.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(self._parts.model.get_submodule(owner), leaf, parameter)
+        self._held = {}
+
+    def close(self, part: str, reports: list[LayerReport]) -> None:
+        """See `Keeper.close`."""
+
+    def finished(self, part: str) -> list[LayerReport] | None:  # noqa: ARG002
+        """See `Keeper.finished`."""
+        return None
+
+
 def _value(
     name: str, form: LinearFormat | None, tensors: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     """Make a parameter of what is stored for it."""
-    if form is None or not isinstance(form.weight, IntGrid):
+    if form is None or not form.quantized:
         return tensors[name]
     own = {stored: tensors[stored] for stored in stored_names(name, form)}
     return QuantizedTensor.from_weight(assemble(name, form, shape, own), form, dtype)

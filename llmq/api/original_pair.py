@@ -11,7 +11,7 @@ import torch
 
 from llmq.api.loading import Loaded, Setup, open_model
 from llmq.api.recipes import Recipe
-from llmq.api.sizes import is_integer
+from llmq.api.sizes import is_quantized
 from llmq.calibration.corpus import TextSource, resolve_text
 from llmq.calibration.overlap import WARN_SHARE, overlap
 from llmq.calibration.recorder import CalibrationSet
@@ -31,7 +31,7 @@ class Pair:
         model: the quantized one.
         original: what it was made from.
         twin: the original in the quantized model's coordinates: the same function, rotated as that was; else the original itself.
-        linears: names of the linears on an integer grid, in the model's order; at least one.
+        linears: names of the quantized linears, in the model's order; at least one.
         notes: what a reader of any comparison has to know.
     """
 
@@ -77,10 +77,10 @@ def open_pair(path: str, recipe: Recipe | None, setup: Setup, reference: str | N
     _check_memory(checkpoint, other, setup.torch_dtype, rotated=turned is not None)
     model = open_model(path, recipe, setup, progress=progress)
     linears = tuple(
-        fqn for fqn, module in model.model.named_modules() if isinstance(module, torch.nn.Linear) and is_integer(module.weight)
+        fqn for fqn, module in model.model.named_modules() if isinstance(module, torch.nn.Linear) and is_quantized(module.weight)
     )
     if not linears:
-        raise UsageError(f"no linear of {path} is on an integer grid, so there is no loss to explain; quantize some.")
+        raise UsageError(f"no linear of {path} is quantized, so there is no loss to explain; quantize some.")
     original = open_model(reference or path, None, setup, progress=progress)
     twin = original
     if turned is not None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from llmq.benchmark.traffic import stored_bytes
-from llmq.numerics.grid import IntGrid
 from llmq.ops.tensor import QuantizedTensor
 
 
@@ -15,7 +14,7 @@ from llmq.ops.tensor import QuantizedTensor
 class Size:
     """Stored bytes of all parameters, and bits per weight.
 
-    `matrix_bits_per_weight` is over the linears on an integer grid (over all linears where there is none), scales and
+    `matrix_bits_per_weight` is over the quantized linears (over all linears where there is none), scales and
     zero points included; `file_bits_per_weight` over every parameter, embeddings, norms and head included.
     """
 
@@ -29,13 +28,13 @@ def size_of(model: torch.nn.Module) -> Size:
     """Count what `model` stores."""
     seen: set[int] = set()
     total = parameters = 0
-    linears: list[tuple[bool, int, int]] = []  # on an integer grid, bytes, elements
+    linears: list[tuple[bool, int, int]] = []  # quantized, bytes, elements
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             key = _identity(parameter)
             stored = stored_bytes(parameter)
             if isinstance(module, torch.nn.Linear) and parameter is module.weight:
-                linears.append((is_integer(parameter), stored, parameter.numel()))
+                linears.append((is_quantized(parameter), stored, parameter.numel()))
             if key not in seen:
                 seen.add(key)
                 total += stored
@@ -50,9 +49,9 @@ def size_of(model: torch.nn.Module) -> Size:
     )
 
 
-def is_integer(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is on an integer grid."""
-    return isinstance(parameter, QuantizedTensor) and isinstance(parameter.format.weight, IntGrid)
+def is_quantized(parameter: torch.Tensor) -> bool:
+    """Whether a parameter has codes and scales."""
+    return isinstance(parameter, QuantizedTensor) and parameter.format.quantized
 
 
 def _identity(parameter: torch.Tensor) -> int:

@@ -26,7 +26,8 @@ from llmq.benchmark.timing import Call, TimingPlan, stopwatch_for, thread_count,
 from llmq.benchmark.traffic import linear_shapes
 from llmq.errors import UsageError
 from llmq.model.config import LlamaConfig
-from llmq.numerics.grid import ActivationGrid, IntGrid, LinearFormat
+from llmq.numerics.float8 import NAN_CODE
+from llmq.numerics.grid import ActivationGrid, Float8Grid, FloatGrid, IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight, torch_dtype
 from llmq.ops.check import exact_linear, worst_element
 from llmq.ops.schema import Case, Kernel
@@ -262,9 +263,14 @@ def _bench_case(name: str, case: Case, plan: KernelPlan) -> tuple[list[KernelRes
 def random_weight(case: Case, generator: torch.Generator) -> QuantizedWeight:
     """Return a weight [N, K] with every code equally likely, and scales and zero points that all differ."""
     grid = case.format.weight
-    if not isinstance(grid, IntGrid):
+    if isinstance(grid, FloatGrid):
         numbers = torch.randn(case.n, case.k, generator=generator) / case.k**0.5
         return QuantizedWeight.from_float(numbers.to(torch_dtype(grid.dtype)))
+    if isinstance(grid, Float8Grid):
+        patterns = torch.randint(NAN_CODE, (case.n, case.k), generator=generator, dtype=torch.uint8)
+        patterns |= torch.randint(2, patterns.shape, generator=generator, dtype=torch.uint8) << 7
+        scale = (0.5 + torch.rand(case.n, 1, generator=generator)) / (64 * case.k**0.5)
+        return QuantizedWeight.from_codes(grid, patterns.view(torch.float8_e4m3fn), scale.to(torch_dtype(grid.scale_dtype)))
     code_dtype = torch.int8 if grid.symmetric else torch.uint8
     codes = torch.randint(grid.qmin, grid.qmax + 1, (case.n, case.k), generator=generator, dtype=code_dtype)
     entries = (case.n, grid.groups(case.k))

@@ -59,10 +59,10 @@ def open_artefact(folder: Folder, manifest_file: Path) -> Checkpoint:
 
 def stored_names(parameter: str, form: LinearFormat | None) -> list[str]:
     """Return the names under which a parameter is stored: one, or those of `QuantizedWeight.tensors` in their order."""
-    if form is None or not isinstance(form.weight, IntGrid):
+    if form is None or not form.quantized:
         return [parameter]
     parts = [QDATA, SCALE]
-    if form.weight.zero_point != "none":
+    if isinstance(form.weight, IntGrid) and form.weight.zero_point != "none":
         parts.append(ZERO_POINT)
     if form.has_input_scale:
         parts.append(INPUT_SCALE)
@@ -106,7 +106,7 @@ def _check(
             if name not in sources:
                 raise CheckpointError(f"tensor {name} is missing, though {manifest_file} describes it; copy the artefact whole.")
             tensors[name] = sources[name].info
-        if form is not None and isinstance(form.weight, IntGrid):
+        if form is not None and form.quantized:
             held = {name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype, device="meta") for name in names}
             try:
                 assemble(parameter, form, shape, held)

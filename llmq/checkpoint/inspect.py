@@ -12,7 +12,7 @@ from llmq.checkpoint.load import load_tokenizer_for
 from llmq.checkpoint.source import EMBEDDING, HEAD, Checkpoint, Format
 from llmq.errors import TokenizerError
 from llmq.model.config import LlamaConfig
-from llmq.numerics.grid import IntGrid, LinearFormat
+from llmq.numerics.grid import LinearFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +130,9 @@ class Description:
 
     @property
     def matrix_bits_per_weight(self) -> float:
-        """The same over the linears on an integer grid; over all linears where there is none."""
+        """The same over the quantized linears; over all linears where there is none."""
         linears = [parameter for parameter in self.parameters if parameter.kind in ("attention", "mlp", "head")]
-        chosen = [row for row in linears if row.format is not None and isinstance(row.format.weight, IntGrid)] or linears
+        chosen = [row for row in linears if row.format is not None and row.format.quantized] or linears
         return 8 * sum(row.nbytes for row in chosen) / sum(row.elements for row in chosen)
 
     def to_json(self) -> dict[str, Any]:

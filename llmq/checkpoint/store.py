@@ -32,8 +32,7 @@ from llmq.files import atomic_path, sha256_file
 from llmq.model.config import LlamaConfig
 from llmq.model.llama import Llama
 from llmq.model.tokenizer import tokenizer_kind
-from llmq.numerics.grid import IntGrid
-from llmq.numerics.weight import float_grid
+from llmq.numerics.weight import float_grid, same_bits
 from llmq.ops.tensor import QuantizedTensor
 from llmq.progress import SILENT, Progress
 
@@ -100,7 +99,7 @@ def write_descriptions(folder: Path, manifest: Manifest, config: LlamaConfig, so
     """Write everything of an artefact that is not a weight: manifest, configuration and the original's tokenizer."""
     manifest.write(folder / FILE_NAME)
     data = config.to_hf()
-    if any(form["weight"]["kind"] == "int" for form in manifest.formats.values()):
+    if any(form.quantized for form in manifest.linear_formats().values()):
         data[QUANTIZATION_KEY] = {"quant_method": "llmq"}  # so that nothing else takes the codes for weights
     _write_json(folder / "config.json", data)
     _copy_tokenizer(source, folder)
@@ -130,7 +129,7 @@ def stored_parameter(name: str, value: Tensor, dtype: torch.dtype) -> tuple[dict
     """
     form = value.format if isinstance(value, QuantizedTensor) else None
     stored = value.weight.tensors if isinstance(value, QuantizedTensor) else (value,)
-    if not (form and isinstance(form.weight, IntGrid)) and stored[0].dtype != dtype:
+    if not (form and form.quantized) and stored[0].dtype != dtype:
         raise UsageError(f"{name} is {stored[0].dtype}, the model {dtype}; cast it to one dtype before saving it.")
     return dict(zip(stored_names(name, form), stored, strict=True)), form.to_json() if form else None
 
@@ -139,7 +138,7 @@ def _is_tied(parameters: Mapping[str, Tensor]) -> bool:
     """Whether the head still is the embedding: the same memory, or at least the same numbers."""
     head, embedding = parameters[HEAD], parameters[EMBEDDING]
     if isinstance(head, QuantizedTensor):
-        if isinstance(head.format.weight, IntGrid):
+        if head.format.quantized:
             return False
         head = head.weight.qdata
     return head.dtype == embedding.dtype and torch.equal(head, embedding)
@@ -194,16 +193,10 @@ def _copy_tokenizer(source: Checkpoint, folder: Path) -> None:
 def compare_stored(read: Callable[[str], Tensor], tensors: Mapping[str, Tensor], out: Path) -> None:
     """Compare what was written with memory, bit by bit; OutputError where it differs."""
     for name, tensor in tensors.items():
-        stored = read(name)
-        kept = tensor.detach().cpu().contiguous()
-        if stored.dtype != kept.dtype or stored.shape != kept.shape or not torch.equal(_bytes(stored), _bytes(kept)):
+        if not same_bits(read(name), tensor.cpu()):
             raise OutputError(
                 f"tensor {name} of {out} reads back differently from what was written; check the disk and write again."
             )
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

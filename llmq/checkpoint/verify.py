@@ -10,6 +10,8 @@ from torch import Tensor
 from llmq.checkpoint.source import Checkpoint
 from llmq.errors import CheckpointError
 from llmq.files import sha256_file
+from llmq.numerics.float8 import DTYPE as FLOAT8
+from llmq.numerics.float8 import has_nan
 from llmq.progress import SILENT, Progress
 
 
@@ -52,6 +54,7 @@ def refuse_not_finite(name: str, file: Path, stored: Tensor, *, cast: Tensor | N
             f"tensor {name} in {file} has values beyond the range of {str(used.dtype).removeprefix('torch.')} (the largest is "
             f"{largest:.4g}); load the checkpoint as bf16 or fp32."
         )
+    stored = stored.float() if stored.dtype == FLOAT8 else stored  # torch has few functions of float8
     bad = torch.nonzero(~torch.isfinite(stored))
     first = tuple(bad[0].tolist())
     raise CheckpointError(
@@ -64,6 +67,8 @@ def is_finite(tensor: Tensor) -> bool:
     """One pass and no temporary: NaN anywhere makes both extremes NaN, and an infinity is an extreme."""
     if not tensor.numel():
         return True
+    if tensor.dtype == FLOAT8:
+        return not has_nan(tensor)
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
 

@@ -2,8 +2,8 @@
 
 weight   tr(E H E^T) / tr(W H W^T)       E = W_hat - W, H = second moments of the inputs: of the mean square of the outputs,
 the share by which rounding the weight moves them
-inputs   tr(W_hat D W_hat^T) / tr(W H W^T)    D = second moments of what rounding the inputs to int8 changes in them, where
-the format does; the product of both errors is left out, for they hardly know of
+inputs   tr(W_hat D W_hat^T) / tr(W H W^T)    D = second moments of what rounding the inputs to int8 or float8 changes in
+them, where the format does; the product of both errors is left out, for they hardly know of
 each other
 """
 
@@ -22,10 +22,10 @@ from llmq.calibration.hessian import Hessian, inputs_of
 from llmq.calibration.partial import fqn_of, linears_of
 from llmq.evaluation.leave_one_out import Resumed
 from llmq.evaluation.originals import Original
-from llmq.numerics.grid import ActivationGrid, LinearFormat
+from llmq.numerics.grid import Activation, LinearFormat
 from llmq.ops.reference import quantize_activation
 
-Rounding = tuple[ActivationGrid, Tensor | None]
+Rounding = tuple[Activation, Tensor | None]
 """How inputs are rounded, and the scale of static ones."""
 
 
@@ -66,7 +66,7 @@ class LinearInputs:
     """
 
     hessian: Tensor
-    rounding: Mapping[ActivationGrid, RoundedInputs]
+    rounding: Mapping[Activation, RoundedInputs]
     calibration: Tensor | None = None
 
     def error(self, original: Tensor, quantized: Tensor, form: LinearFormat) -> OutputError:
@@ -137,7 +137,7 @@ class _Sums:
 
 def _rounding_moments(
     held: Resumed, linears: Mapping[str, nn.Linear], originals: Mapping[str, Original], asked: Mapping[str, Sequence[Rounding]]
-) -> dict[str, dict[ActivationGrid, RoundedInputs]]:
+) -> dict[str, dict[Activation, RoundedInputs]]:
     """Return the moments of each linear and grid that is asked for; the stage only runs where one is."""
     sums = {name: {grid: _Sums() for grid, _ in each} for name, each in asked.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from llmq.errors import ShapeError, UsageError
 
@@ -14,6 +14,9 @@ ScaleDtype = Literal["float32", "bfloat16", "float16"]
 ZeroPointDomain = Literal["none", "int", "float"]
 _DTYPE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 _INPUT_SCALE_BYTES = 4
+
+FLOAT8_LARGEST = 448.0
+"""Largest e4m3 number: 1.75 * 2**8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,38 @@ class IntGrid:
 
 
 @dataclass(frozen=True, slots=True)
+class Float8Grid:
+    """Float8 numbers (e4m3: `torch.float8_e4m3fn`) with one scale a row: a code `q` means `q * s`, computed in fp32.
+
+    A code has a sign, four bits of exponent and three of mantissa: 0, the multiples of 2**-9 up to 2**-6 (subnormal), and from
+    there eight numbers an octave up to `FLOAT8_LARGEST`. There is no infinity; the one pattern that is NaN stands in no weight.
+    """
+
+    scale_dtype: ScaleDtype = "float32"
+    group_size: ClassVar[None] = None
+    """As of an `IntGrid` with one group a row."""
+
+    def groups(self, k: int) -> int:
+        """Number of groups in a row: one."""
+        return 1
+
+    def bits_per_weight(self, k: int) -> float:
+        """All stored bits of a row of `k` inputs, the scale included, over `k`."""
+        return 8 + _DTYPE_BITS[self.scale_dtype] / k
+
+    def misfit(self, n: int, k: int) -> str | None:
+        """Every shape fits."""
+        return None
+
+    def check(self, n: int, k: int, fqn: str = "weight") -> None:
+        """Every shape fits."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a manifest; `grid_from_json` reads it."""
+        return {"kind": "float8", **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
 class FloatGrid:
     """The numbers a floating dtype can hold: the grid of an unquantized weight. There is no scale and no zero point."""
 
@@ -113,13 +148,22 @@ class FloatGrid:
         return {"kind": "float", **asdict(self)}
 
 
-Grid = IntGrid | FloatGrid
+CodeGrid = IntGrid | Float8Grid
+"""The grids of quantized weights: codes and scales."""
+
+Grid = CodeGrid | FloatGrid
 
 
 def grid_from_json(data: dict[str, Any]) -> Grid:
-    """Inverse of `to_json`."""
+    """Inverse of `to_json`; raises KeyError or UsageError where `data` is none of a grid's."""
     fields = {key: value for key, value in data.items() if key != "kind"}
-    return IntGrid(**fields) if data["kind"] == "int" else FloatGrid(**fields)
+    if data["kind"] == "int":
+        return IntGrid(**fields)
+    if data["kind"] == "float8":
+        return Float8Grid(**fields)
+    if data["kind"] == "float":
+        return FloatGrid(**fields)
+    raise UsageError(f"a grid is of kind int, float8 or float, got {data['kind']!r}; this llmq may be too old for it.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +187,48 @@ class ActivationGrid:
 
 
 @dataclass(frozen=True, slots=True)
+class Float8Activation:
+    """Float8 (e4m3) quantization of the activations, in fp32, when the linear is called.
+
+    Codes are the e4m3 numbers nearest to x / scale, scale = max(absmax / 448, eps): of a token ("row"), or of all of them
+    together ("tensor"), where what a token gives depends on those beside it.
+    """
+
+    granularity: Literal["row", "tensor"] = "row"
+    eps: float = 1e-12
+    symmetric: ClassVar[bool] = True
+    """As of an `ActivationGrid`: there is no zero point …"""
+    static: ClassVar[bool] = False
+    """… and no scale that calibration finds."""
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("row", "tensor"):
+            raise UsageError(f"float8 activations have one scale a 'row' or a 'tensor', got {self.granularity!r}.")
+
+
+Activation = ActivationGrid | Float8Activation
+
+
+@dataclass(frozen=True, slots=True)
 class LinearFormat:
     """What one quantized linear computes: the grid of its weight, and that of its input (None: not quantized)."""
 
     weight: Grid
-    activation: ActivationGrid | None = None
+    activation: Activation | None = None
 
     def __post_init__(self) -> None:
         if self.has_input_scale and isinstance(self.weight, FloatGrid):
             raise UsageError(f"static int8 activations need a weight of integer codes, got {self.weight}.")
+        float8 = isinstance(self.weight, Float8Grid), isinstance(self.activation, Float8Activation)
+        if self.activation is not None and any(float8) and not all(float8):
+            raise UsageError(
+                f"float8 weights and float8 activations only go with each other, got {self.weight} with {self.activation}."
+            )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weight is: it has codes and scales."""
+        return not isinstance(self.weight, FloatGrid)
 
     @property
     def has_input_scale(self) -> bool:
@@ -165,10 +242,24 @@ class LinearFormat:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a manifest; `format_from_json` reads it."""
-        return {"weight": self.weight.to_json(), "activation": asdict(self.activation) if self.activation else None}
+        return {"weight": self.weight.to_json(), "activation": _activation_to_json(self.activation)}
 
 
 def format_from_json(data: dict[str, Any]) -> LinearFormat:
     """Inverse of `LinearFormat.to_json`."""
-    activation = data["activation"]
-    return LinearFormat(grid_from_json(data["weight"]), ActivationGrid(**activation) if activation else None)
+    return LinearFormat(grid_from_json(data["weight"]), _activation_from_json(data["activation"]))
+
+
+def _activation_to_json(activation: Activation | None) -> dict[str, Any] | None:
+    """Int8 activations carry no kind: they were the only ones in the first manifests."""
+    if activation is None:
+        return None
+    fields = asdict(activation)
+    return {"kind": "float8", **fields} if isinstance(activation, Float8Activation) else fields
+
+
+def _activation_from_json(data: dict[str, Any] | None) -> Activation | None:
+    if not data:
+        return None
+    fields = {key: value for key, value in data.items() if key != "kind"}
+    return Float8Activation(**fields) if data.get("kind") == "float8" else ActivationGrid(**fields)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from llmq.errors import ShapeError, UsageError
 from llmq.numerics.affine import ZeroPointDomain, dequantize_affine
-from llmq.numerics.grid import ActivationGrid, FloatGrid, Grid, IntGrid
+from llmq.numerics.float8 import DTYPE as FLOAT8
+from llmq.numerics.float8 import float8_numbers
+from llmq.numerics.grid import Activation, CodeGrid, Float8Grid, FloatGrid, Grid, IntGrid
 from llmq.numerics.packing import pack_codes, unpack_codes
 
 
@@ -20,7 +22,8 @@ class QuantizedWeight:
     Attributes:
         grid: what the codes mean.
         shape: (N, K) = (out_features, in_features).
-        qdata: the codes in the canonical packing (`numerics.packing`); for a FloatGrid the weight itself, [N, K] of its dtype.
+        qdata: the codes in the canonical packing (`numerics.packing`); on a Float8Grid float8_e4m3fn [N, K]; on a FloatGrid the
+            weight itself, [N, K] of its dtype.
         scale: [N, groups] of the grid's scale dtype; None for a FloatGrid.
         zero_point: [N, groups]: uint8 codes ("int"), or numbers of the scale dtype ("float"); None for a grid without one.
         input_scale: fp32 [1], the scale of the linear's int8 input where the format has static activations, else None. It is no
@@ -42,15 +45,18 @@ class QuantizedWeight:
             if self.scale is not None or self.zero_point is not None or self.input_scale is not None:
                 raise UsageError("a weight on a float grid has neither scale nor zero point, nor an input scale.")
             return
-        if self.input_scale is not None:
-            _expect("input scale", self.input_scale, (1,), torch.float32)
         grid = self.grid
-        row = k if grid.bits == 8 else -(-k * grid.bits // 8)
-        _expect("qdata", self.qdata, (n, row), torch.int8 if grid.bits == 8 and grid.symmetric else torch.uint8)
+        _expect("qdata", self.qdata, *_stored_codes(grid, n, k))
         entries, scale_dtype = (n, grid.groups(k)), torch_dtype(grid.scale_dtype)
         if self.scale is None:
-            raise UsageError("a weight on an integer grid needs a scale.")
+            raise UsageError(f"a weight on {'a float8' if isinstance(grid, Float8Grid) else 'an integer'} grid needs a scale.")
         _expect("scale", self.scale, entries, scale_dtype)
+        if isinstance(grid, Float8Grid):
+            if self.zero_point is not None or self.input_scale is not None:
+                raise UsageError("a weight on a float8 grid has neither a zero point nor an input scale.")
+            return
+        if self.input_scale is not None:
+            _expect("input scale", self.input_scale, (1,), torch.float32)
         if (self.zero_point is None) != (grid.zero_point == "none"):
             raise UsageError(
                 f"a grid with zero_point={grid.zero_point!r} {'has no' if grid.zero_point == 'none' else 'needs a'} zero point."
@@ -59,12 +65,12 @@ class QuantizedWeight:
             _expect("zero point", self.zero_point, entries, torch.uint8 if grid.zero_point == "int" else scale_dtype)
 
     @classmethod
-    def from_codes(cls, grid: IntGrid, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> QuantizedWeight:
+    def from_codes(cls, grid: CodeGrid, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> QuantizedWeight:
         """Pack codes.
 
         Args:
-            grid: an integer grid.
-            codes: [N, K], int8 for a symmetric grid, uint8 otherwise.
+            grid: an integer or a float8 grid.
+            codes: [N, K], int8 for a symmetric grid, uint8 for an asymmetric one, float8_e4m3fn for a float8 grid.
             scale: [N, groups] of the grid's scale dtype.
             zero_point: see the class.
 
@@ -75,23 +81,18 @@ class QuantizedWeight:
             ShapeError: when shapes do not belong together.
             UsageError: when dtypes do not, or a code lies outside the grid.
         """
-        qdata = pack_codes(codes, grid.bits, signed=grid.symmetric)
+        qdata = codes if isinstance(grid, Float8Grid) else pack_codes(codes, grid.bits, signed=grid.symmetric)
         return cls(grid, (codes.shape[0], codes.shape[1]), qdata, scale, zero_point)
 
     @classmethod
-    def empty(cls, grid: IntGrid, n: int, k: int) -> QuantizedWeight:
+    def empty(cls, grid: CodeGrid, n: int, k: int) -> QuantizedWeight:
         """Make room for a weight [n, k] that comes from elsewhere; what its tensors hold is not defined."""
-        scale_dtype = torch_dtype(grid.scale_dtype)
-        groups = grid.groups(k)
-        zero_dtype = torch.uint8 if grid.zero_point == "int" else scale_dtype
-        row = k if grid.bits == 8 else -(-k * grid.bits // 8)
-        return cls(
-            grid,
-            (n, k),
-            torch.empty(n, row, dtype=torch.int8 if grid.bits == 8 and grid.symmetric else torch.uint8),
-            torch.empty(n, groups, dtype=scale_dtype),
-            None if grid.zero_point == "none" else torch.empty(n, groups, dtype=zero_dtype),
-        )
+        shape, dtype = _stored_codes(grid, n, k)
+        entries, scale_dtype = (n, grid.groups(k)), torch_dtype(grid.scale_dtype)
+        zero_point = None
+        if isinstance(grid, IntGrid) and grid.zero_point != "none":
+            zero_point = torch.empty(entries, dtype=torch.uint8 if grid.zero_point == "int" else scale_dtype)
+        return cls(grid, (n, k), torch.empty(shape, dtype=dtype), torch.empty(entries, dtype=scale_dtype), zero_point)
 
     @classmethod
     def from_float(cls, weight: Tensor) -> QuantizedWeight:
@@ -101,13 +102,15 @@ class QuantizedWeight:
         return cls(float_grid(weight.dtype), (weight.shape[0], weight.shape[1]), weight)
 
     def codes(self) -> Tensor:
-        """Return the codes [N, K], int8 for a symmetric grid, uint8 otherwise.
+        """Return the codes [N, K], int8 for a symmetric grid, uint8 for an asymmetric one, float8_e4m3fn for a float8 grid.
 
         Raises:
             UsageError: on a float grid, which has no codes.
         """
         if isinstance(self.grid, FloatGrid):
             raise UsageError("a weight on a float grid has no codes; use dequantize().")
+        if isinstance(self.grid, Float8Grid):
+            return self.qdata
         return unpack_codes(self.qdata, self.grid.bits, self.shape[1], signed=self.grid.symmetric)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -116,6 +119,8 @@ class QuantizedWeight:
         if isinstance(self.grid, FloatGrid):
             return self.qdata.to(dtype)
         assert self.scale is not None  # __post_init__
+        if isinstance(self.grid, Float8Grid):
+            return (float8_numbers(self.qdata).to(compute) * self.scale.to(compute)).to(dtype)
         numbers = dequantize_affine(
             self.codes(),
             (1, self.grid.group_size or self.shape[1]),
@@ -159,13 +164,21 @@ class QuantizedWeight:
         return QuantizedWeight(self.grid, self.shape, self.qdata.to(device), scale, zero_point, input_scale)
 
 
-def check_input_scale(activation: ActivationGrid | None, input_scale: Tensor | None) -> None:
+def check_input_scale(activation: Activation | None, input_scale: Tensor | None) -> None:
     """Raise UsageError unless the scale of a linear's input is there exactly where its activations are static."""
     static = activation is not None and activation.static
     if static and input_scale is None:
         raise UsageError("static activations need the input_scale of their linear, got none; calibrate it, or use dynamic ones.")
     if input_scale is not None and not static:
         raise UsageError("only static activations have an input_scale, got one for a format without them; leave it out.")
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bits (of float8 ones torch.equal does not know)."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    pair = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*pair)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -186,6 +199,14 @@ def float_grid(dtype: torch.dtype) -> FloatGrid:
     if dtype == torch.float16:
         return FloatGrid("float16")
     raise UsageError(f"an unquantized weight is float32, bfloat16 or float16, got {dtype}.")
+
+
+def _stored_codes(grid: CodeGrid, n: int, k: int) -> tuple[tuple[int, int], torch.dtype]:
+    """Return shape and dtype of the codes of a weight [n, k] as they are stored."""
+    if isinstance(grid, Float8Grid):
+        return (n, k), FLOAT8
+    row = k if grid.bits == 8 else -(-k * grid.bits // 8)
+    return (n, row), torch.int8 if grid.bits == 8 and grid.symmetric else torch.uint8
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

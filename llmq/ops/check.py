@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmq.numerics.grid import FloatGrid, IntGrid
+from llmq.numerics.grid import IntGrid
 from llmq.numerics.weight import QuantizedWeight
 from llmq.ops.reference import quantize_activation
 from llmq.ops.schema import Case
@@ -44,7 +44,7 @@ def exact_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, case: 
 
     A product of fp32 numbers that lies below the normal ones is off by up to 2**-150 instead of u times itself. With scales as
     small as that, each of the K products of a code and a scale may be (what is then multiplied by x), or of a scale and a step
-    (by a sum of codes, each below 2**15 times below 2**8).
+    (by a sum of products of codes, each below 2**23).
 
     Args:
         x: [M, K] of `case.dtype`.
@@ -66,7 +66,7 @@ def exact_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, case: 
     if case.format.activation is None and case.dtype == torch.bfloat16 and isinstance(weight.grid, IntGrid):
         bound = bound + _block_terms(activations, w, weight.grid)
     bound = bound + torch.finfo(case.dtype).smallest_normal * half_ulp  # subnormal results
-    if isinstance(weight.grid, IntGrid):
+    if case.format.quantized:
         bound = bound + _HALF_SUBNORMAL * (2 * activations.abs().sum(dim=1, keepdim=True) + 2**23 * case.k)
     return Exact(y, bound)
 
@@ -110,9 +110,9 @@ def _block_terms(x: Tensor, w: Tensor, grid: IntGrid) -> Tensor:
 def _magnitude(weight: QuantizedWeight) -> Tensor:
     """Return the sum of the magnitudes of the terms a weight is computed from, fp64 [N, K]."""
     grid = weight.grid
-    if isinstance(grid, FloatGrid) or grid.zero_point == "none":
-        return weight.dequantize(torch.float64).abs()
-    return _asymmetric_magnitude(weight, grid)
+    if isinstance(grid, IntGrid) and grid.zero_point != "none":
+        return _asymmetric_magnitude(weight, grid)
+    return weight.dequantize(torch.float64).abs()
 
 
 def _asymmetric_magnitude(weight: QuantizedWeight, grid: IntGrid) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llmq.numerics.grid import ActivationGrid, FloatGrid, Grid, IntGrid, LinearFormat
+from llmq.numerics.grid import Activation, FloatGrid, Grid, IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight, torch_dtype
 from llmq.ops import native, native_abi
 from llmq.ops.nibbles import from_nibbles, is_nibble, nibble_codes
@@ -106,6 +106,7 @@ class NativeLinear:
             numbers = torch.empty(case.n, case.k, dtype=torch_dtype(grid.dtype))
             native.kernels().unpack(tensors[0], numbers, None, None, linear)
             return QuantizedWeight.from_float(numbers)
+        assert isinstance(grid, IntGrid)  # supports()
         entries = (case.n, grid.groups(case.k))
         codes = torch.empty(case.n, case.k, dtype=torch.int8 if grid.bits == 8 else torch.uint8)
         scale = torch.empty(entries)
@@ -191,7 +192,7 @@ def _unfit_group(grid: IntGrid) -> str | None:
     return f"it takes groups of a multiple of 8 inputs, or one a row, and these are of {grid.group_size}"
 
 
-def _unfit_eps(activation: ActivationGrid) -> str | None:
+def _unfit_eps(activation: Activation) -> str | None:
     if activation.static or torch.finfo(torch.float32).smallest_normal <= activation.eps < float("inf"):
         return None
     return f"it takes an eps that is a normal positive fp32 number, and this is {activation.eps}"
@@ -203,6 +204,7 @@ def _format(case: Case) -> tuple[native.Format, float]:
     grid, activation = case.format.weight, case.format.activation
     if isinstance(grid, FloatGrid):
         return (case.n, case.k, case.k, _WEIGHT_DTYPES[case.dtype], *_PLAIN), _IDLE_EPS
+    assert isinstance(grid, IntGrid)  # supports()
     kind = native_abi.ACTIVATION_FLOAT
     if activation is not None:
         kind = native_abi.ACTIVATION_INT8 if activation.symmetric else native_abi.ACTIVATION_UINT8

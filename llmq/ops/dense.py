@@ -1,4 +1,4 @@
-"""Kernels that end in a dense matrix product: unquantized weights, and integer weights dequantized block by block."""
+"""Kernels that end in a dense matrix product: unquantized weights, and quantized weights dequantized block by block."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmq.numerics.grid import FloatGrid, IntGrid
+from llmq.numerics.grid import Float8Activation, FloatGrid, IntGrid
 from llmq.numerics.weight import torch_dtype
 from llmq.ops.features import has_native_gemm
-from llmq.ops.reference import computable, exact_product, finish, largest_product, quantize_activation
+from llmq.ops.reference import computable, exact_product, finish, float8_product, largest_product, quantize_activation
 from llmq.ops.schema import SUPPORTED, CanonicalLayout, Case, Support, unsupported
 
 BLOCK_ELEMENTS = 1 << 20
@@ -73,14 +73,15 @@ class DenseUpcast(CanonicalLayout):
 
 
 class DequantGemm(CanonicalLayout):
-    """Integer weights dequantized to fp32 block by block: a few operations a weight, so it is for many rows of x.
+    """Quantized weights turned to fp32 block by block: a few operations a weight, so it is for many rows of x.
 
     With int8 activations, the products of codes are still summed exactly where the weight has one group a row, which is the
-    reference's result bit for bit; with several groups the weight's scales go into the fp32 sum.
+    reference's result bit for bit; with several groups the weight's scales go into the fp32 sum. Float8 codes are multiplied as
+    the reference does.
     """
 
     name = "dequant-gemm"
-    formats = "integer weights, with or without int8 activations"
+    formats = "integer and float8 weights, with or without quantized activations"
     min_rows = 1
     max_rows: int | None = None
 
@@ -100,9 +101,11 @@ class DequantGemm(CanonicalLayout):
         if case.format.activation is None:
             x32 = x.float()
             return by_blocks(case, bias, lambda start, stop: x32 @ weight.rows(start, stop).dequantize().T)
+        codes, scale = quantize_activation(x, case.format.activation, weight.input_scale)
+        if isinstance(case.format.activation, Float8Activation):
+            return by_blocks(case, bias, lambda start, stop: float8_product(codes, weight.rows(start, stop)) * scale)
         grid = weight.grid
         assert isinstance(grid, IntGrid)
-        codes, scale = quantize_activation(x, case.format.activation, weight.input_scale)
         if grid.groups(case.k) > 1:
             return by_blocks(case, bias, lambda start, stop: (codes @ weight.rows(start, stop).dequantize().T) * scale)
         largest = largest_product(case)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from llmq.errors import KernelError
 from llmq.numerics.affine import MappingType, ZeroPointDomain, choose_qparams_affine, quantize_affine
-from llmq.numerics.grid import ActivationGrid, IntGrid
+from llmq.numerics.float8 import float8_numbers, float8_scale, round_to_float8
+from llmq.numerics.grid import Activation, ActivationGrid, Float8Activation, Float8Grid, IntGrid
 from llmq.numerics.weight import QuantizedWeight, check_input_scale
 from llmq.ops.schema import SUPPORTED, CanonicalLayout, Case, Support, unsupported
 
@@ -18,7 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Reference(CanonicalLayout):
-    """Dequantize and multiply in fp32; with quantized activations, exact integer sums group by group."""
+    """Dequantize and multiply in fp32; int8 activations: exact integer sums group by group; float8 ones: fp32 sums of codes."""
 
     name = "reference"
     formats = "every format; bf16, fp16, fp32"
@@ -40,7 +41,10 @@ class Reference(CanonicalLayout):
             y = x.float() @ weight.dequantize().T
         else:
             codes, scale = quantize_activation(x, case.format.activation, weight.input_scale)
-            y = grouped_integer_product(codes, weight, case.format.activation) * scale
+            if isinstance(case.format.activation, Float8Activation):
+                y = float8_product(codes, weight) * scale
+            else:
+                y = grouped_integer_product(codes, weight, case.format.activation) * scale
         return finish(y, bias, case.dtype)
 
 
@@ -52,9 +56,9 @@ def computable(case: Case) -> Support:
     misfit = grid.misfit(case.n, case.k)
     if misfit:
         return unsupported(misfit)
-    if activation is None:
+    if activation is None or isinstance(grid, Float8Grid):
         return SUPPORTED
-    if not isinstance(grid, IntGrid) or grid.zero_point == "float":
+    if not isinstance(grid, IntGrid) or isinstance(activation, Float8Activation) or grid.zero_point == "float":
         return unsupported("int8 activations need a weight of integer codes with an integer zero point or none")
     largest = _largest_activation(activation) * _largest_code(grid)
     if largest * case.k >= 1 << 31:
@@ -62,16 +66,18 @@ def computable(case: Case) -> Support:
     return SUPPORTED
 
 
-def quantize_activation(x: Tensor, grid: ActivationGrid, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Quantize the rows of x to int8, in fp32.
+def quantize_activation(x: Tensor, grid: Activation, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize the rows of x to int8 or float8, in fp32.
 
     Args:
         x: [M, K], floating point.
-        grid: symmetric: codes [-127, 127], scale = max(absmax / 127, eps); asymmetric: codes [-128, 127] and a zero point.
+        grid: symmetric: codes [-127, 127], scale = max(absmax / 127, eps); asymmetric: codes [-128, 127] and a zero point;
+            float8: see `Float8Activation`.
         input_scale: fp32 [1], the scale of all rows: exactly where the grid is static.
 
     Returns:
-        codes minus zero point, fp32 [M, K] holding integers (a row with a NaN or an infinity holds NaN), and scale, fp32 [M, 1].
+        codes minus zero point, fp32 [M, K] holding integers, or e4m3 numbers (a row with a NaN or an infinity holds NaN), and
+        scale, fp32 [M, 1].
 
     Raises:
         UsageError: when there is no `input_scale` and the grid is static, or the other way round.
@@ -79,9 +85,11 @@ def quantize_activation(x: Tensor, grid: ActivationGrid, input_scale: Tensor | N
     check_input_scale(grid, input_scale)
     x = x.float()
     block = (1, x.shape[1])
-    low = -127 if grid.symmetric else -128
     if x.shape[0] == 0:
         return x, x.new_ones(0, 1)
+    if isinstance(grid, Float8Activation):
+        return _float8_activation(x, grid)
+    low = -127 if grid.symmetric else -128
     if input_scale is not None:
         scale = input_scale.reshape(1, 1).expand(x.shape[0], 1)
         codes = quantize_affine(
@@ -112,6 +120,24 @@ def quantize_activation(x: Tensor, grid: ActivationGrid, input_scale: Tensor | N
         x, block, scale, zero_point, output_dtype=torch.float32, quant_min=low, quant_max=127, zero_point_domain=domain
     )
     return (codes if zero_point is None else codes - zero_point), scale
+
+
+def _float8_activation(x: Tensor, grid: Float8Activation) -> tuple[Tensor, Tensor]:
+    """See `quantize_activation`; x is fp32 [M, K], M > 0."""
+    absmax = x.abs().amax(dim=1, keepdim=True)
+    if grid.granularity == "tensor":  # rows that are not finite break themselves, and no other
+        absmax = torch.where(absmax.isfinite(), absmax, 0).amax(dim=0, keepdim=True).expand_as(absmax)
+    scale = float8_scale(absmax, grid.eps)
+    return float8_numbers(round_to_float8(x, scale)) + x * 0, scale  # what is not finite would be clamped, and hidden
+
+
+def float8_product(codes: Tensor, weight: QuantizedWeight) -> Tensor:
+    """Return ws[n] * sum_k codes[m, k] * wq[n, k], fp32 [M, N], for e4m3 numbers [M, K] as `quantize_activation` returns them.
+
+    A product of two has at most 8 significant bits and is exact in fp32; the sum is rounded as fp32 sums are.
+    """
+    assert weight.scale is not None
+    return codes @ float8_numbers(weight.qdata).T * weight.scale.float().T
 
 
 def grouped_integer_product(codes: Tensor, weight: QuantizedWeight, activation: ActivationGrid) -> Tensor:
@@ -175,7 +201,7 @@ def largest_product(case: Case) -> int:
     Raises:
         KernelError: for a format without quantized activations.
     """
-    if case.format.activation is None or not isinstance(case.format.weight, IntGrid):
+    if not isinstance(case.format.activation, ActivationGrid) or not isinstance(case.format.weight, IntGrid):
         raise KernelError(f"only formats with integer weights and activations have integer products, got {case.format}.")
     return _largest_activation(case.format.activation) * _largest_code(case.format.weight)
 

@@ -9,6 +9,7 @@ Every kernel computes the same thing, up to the rounding of fp32 sums (`referenc
     weight-only          y = sum_k x * w                              summed in fp32, rounded once to x's dtype
     int8 activations     y = sum_g ws[n, g] * xs[m] * sum_k (xq - xz) * (wq - wz)      inner sums exact integers
                          (static: xs is the weight's input_scale for all rows, and xz 0)
+    float8 activations   y = ws[n] * xs[m] * sum_k xq * wq             products exact in fp32, summed in fp32
 
 plus the bias, added in fp32 before the rounding.
 """
@@ -125,9 +126,8 @@ def canonical_weight(tensors: tuple[Tensor, ...], case: Case) -> QuantizedWeight
         ShapeError: when one is of another shape.
     """
     form = case.format
-    integer = isinstance(form.weight, IntGrid)
     zero = isinstance(form.weight, IntGrid) and form.weight.zero_point != "none"
-    present = [True, integer, zero, form.has_input_scale]
+    present = [True, form.quantized, zero, form.has_input_scale]
     if len(tensors) != sum(present):
         raise UsageError(f"a weight of {form} is stored as {sum(present)} tensors, got {len(tensors)}.")
     left = iter(tensors)

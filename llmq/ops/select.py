@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from llmq.errors import KernelError, LlmqError
 from llmq.files import page_out
 from llmq.numerics.affine import MappingType, ZeroPointDomain, choose_qparams_affine, quantize_affine
-from llmq.numerics.grid import IntGrid, LinearFormat
-from llmq.numerics.weight import QuantizedWeight, torch_dtype
+from llmq.numerics.float8 import float8_scale, round_to_float8
+from llmq.numerics.grid import Float8Grid, FloatGrid, IntGrid, LinearFormat
+from llmq.numerics.weight import QuantizedWeight, same_bits, torch_dtype
 from llmq.ops.check import exact_linear, worst_element
 from llmq.ops.schema import CANONICAL, SUPPORTED, Case, Kernel, Support, unsupported
 from llmq.ops.table import KERNELS, REFERENCE, describe_rows, kernel_named, row_ranges
@@ -190,7 +191,7 @@ def _self_test(name: str, format: LinearFormat, dtype: torch.dtype, device: str)
     try:
         packed = kernel.prepack(weight.to(device))
         restored = kernel.unpack(packed, case).to("cpu")
-        if not all(torch.equal(a, b) for a, b in zip(weight.tensors, restored.tensors, strict=True)):
+        if not all(same_bits(a, b) for a, b in zip(weight.tensors, restored.tensors, strict=True)):
             return unsupported("its start-up test failed: unpacking does not give back what was packed")
         for rows in _TEST_ROWS:
             x = torch.randn(rows, case.k, generator=generator).to(dtype)
@@ -208,8 +209,11 @@ def _test_weight(case: Case, generator: torch.Generator) -> QuantizedWeight:
     numbers = torch.randn(case.n, case.k, generator=generator)
     numbers[1] = 0
     grid = case.format.weight
-    if not isinstance(grid, IntGrid):
+    if isinstance(grid, FloatGrid):
         return QuantizedWeight.from_float(numbers.to(torch_dtype(grid.dtype)))
+    if isinstance(grid, Float8Grid):
+        steps = float8_scale(numbers.abs().amax(dim=1, keepdim=True), 1e-4).to(torch_dtype(grid.scale_dtype))
+        return QuantizedWeight.from_codes(grid, round_to_float8(numbers, steps), steps)
     block = (1, grid.group_size or case.k)
     mapping = MappingType.SYMMETRIC if grid.symmetric else MappingType.ASYMMETRIC
     domain = ZeroPointDomain(grid.zero_point)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmq.algorithms.statistics import Statistics
 from llmq.errors import SchemeError, ShapeError, UsageError, suggest
-from llmq.numerics.grid import GROUP_SIZES, FloatGrid, IntGrid, LinearFormat
+from llmq.numerics.grid import GROUP_SIZES, FloatGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight, float_grid
 from llmq.ops.tensor import QuantizedTensor
 from llmq.results.coverage import Coverage
@@ -91,7 +91,7 @@ def quantize_(  # noqa: PLR0913 - the library's one call: what to apply, where, 
         if decision.linear is None or decision.format is None:
             continue
         key = id(decision.parameter)
-        if decision.scheme is not None and isinstance(decision.format.weight, IntGrid):
+        if decision.scheme is not None and decision.format.quantized:
             if key not in swapped:
                 weight = plain_weight(decision.parameter)
                 known = (statistics or {}).get(decision.fqn) if decision.scheme.needs_calibration else None
@@ -150,7 +150,7 @@ def decide(
         if linear is None:
             decisions.append(Decision(fqn, None, parameter, None, f"not a linear ({type(owner).__name__})"))
             continue
-        if isinstance(parameter, QuantizedTensor) and isinstance(parameter.format.weight, IntGrid):
+        if isinstance(parameter, QuantizedTensor) and parameter.format.quantized:
             raise SchemeError(f"{fqn or 'the linear'} is quantized already; start from the original weights.")
         decision = _decide_linear(fqn, linear, overrides.get(fqn, resolved), compute, filter=filter, skip=skip)
         if decision.covered and decision.format and (misfit := decision.format.weight.misfit(*parameter.shape)):

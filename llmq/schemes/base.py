@@ -16,7 +16,7 @@ from llmq.algorithms.rtn import quantize_rtn
 from llmq.algorithms.statistics import Needs, Statistics
 from llmq.errors import UsageError
 from llmq.numerics.affine import MappingType
-from llmq.numerics.grid import IntGrid, LinearFormat
+from llmq.numerics.grid import FloatGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight
 from llmq.schemes.block import BlockWork
 
@@ -147,7 +147,7 @@ class Scheme(ABC, Generic[OptionsT]):
         """
         started = time.perf_counter()
         grid = self.format(options).weight
-        if not isinstance(grid, IntGrid):
+        if isinstance(grid, FloatGrid):
             return QuantizedWeight.from_float(weight.detach().to(getattr(torch, grid.dtype))), _report(fqn, weight, None, started)
         quantized = quantize_rtn(weight, grid, mapping=self.mapping(options))
         return quantized, _report(fqn, weight, quantized, started)

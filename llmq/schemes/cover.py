@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.algorithms.report import LayerReport
-from llmq.numerics.grid import FloatGrid, Grid, IntGrid, LinearFormat, format_from_json
+from llmq.numerics.grid import Activation, Float8Activation, Float8Grid, FloatGrid, Grid, LinearFormat, format_from_json
 from llmq.ops.tensor import QuantizedTensor
 from llmq.results.coverage import Coverage, CoverageRow
 from llmq.schemes.base import ResolvedScheme
@@ -97,7 +97,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _memory(now: Tensor, decision: Decision) -> object:
     """What parameters that share memory have in common; None for one without memory."""
-    if decision.format is not None and isinstance(decision.format.weight, IntGrid):
+    if decision.format is not None and decision.format.quantized:
         # codes are no other parameter's memory, but for two linears of one weight
         return "codes", id(decision.parameter)
     data = now.weight.qdata if isinstance(now, QuantizedTensor) else now
@@ -117,13 +117,21 @@ def describe_format(form: LinearFormat) -> str:
     """Return a format in a few words, such as 'int4 g128 float zero' or 'bfloat16'."""
     words = [_describe_grid(form.weight)]
     if form.activation is not None:
-        kind = "static" if form.activation.static else "symmetric" if form.activation.symmetric else "asymmetric"
-        words.append(f"int8 {kind} activations")
+        words.append(_describe_activation(form.activation))
     return ", ".join(words)
+
+
+def _describe_activation(activation: Activation) -> str:
+    if isinstance(activation, Float8Activation):
+        return f"float8 activations {'per token' if activation.granularity == 'row' else 'per tensor'}"
+    kind = "static" if activation.static else "symmetric" if activation.symmetric else "asymmetric"
+    return f"int8 {kind} activations"
 
 
 def _describe_grid(grid: Grid) -> str:
     if isinstance(grid, FloatGrid):
         return grid.dtype
+    if isinstance(grid, Float8Grid):
+        return "float8 per channel"
     group = "per channel" if grid.group_size is None else f"g{grid.group_size}"
     return f"int{grid.bits} {group} {'symmetric' if grid.symmetric else f'{grid.zero_point} zero'}"

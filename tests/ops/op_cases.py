@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from llmq.numerics.grid import ActivationGrid, FloatGrid, IntGrid, LinearFormat
+from llmq.numerics.float8 import NAN_CODE
+from llmq.numerics.grid import ActivationGrid, Float8Activation, Float8Grid, FloatGrid, IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight, torch_dtype
 from llmq.ops.check import exact_linear, worst_element
 from llmq.ops.schema import Case
@@ -34,6 +35,9 @@ FORMATS = {
     "int8-dynamic-int3": LinearFormat(IntGrid(3, 32, scale_dtype="bfloat16"), INT8),
     "int8-static": LinearFormat(IntGrid(8), INT8_STATIC),
     "int4-static": LinearFormat(IntGrid(4, 64, symmetric=False, zero_point="int"), INT8_STATIC),
+    "float8-weight-only": LinearFormat(Float8Grid("bfloat16")),
+    "float8-dynamic": LinearFormat(Float8Grid(), Float8Activation()),
+    "float8-dynamic-tensor": LinearFormat(Float8Grid("float16"), Float8Activation("tensor")),
     "bf16": LinearFormat(FloatGrid("bfloat16")),
     "fp16": LinearFormat(FloatGrid("float16")),
     "fp32": LinearFormat(FloatGrid("float32")),
@@ -45,20 +49,26 @@ def make_weight(format_: LinearFormat, n: int, k: int, seed: int = 0) -> Quantiz
     """Codes over the whole grid and both its ends, a group of zeros; scales of both signs, far from 1, one 0, one subnormal."""
     generator = torch.Generator().manual_seed(seed)
     grid = format_.weight
-    if not isinstance(grid, IntGrid):
+    if isinstance(grid, FloatGrid):
         weight = torch.randn(n, k, generator=generator)
         weight[-1] = 0
         return QuantizedWeight.from_float(weight.to(torch_dtype(grid.dtype)))
-    codes = torch.randint(grid.qmin, grid.qmax + 1, (n, k), generator=generator)
-    codes[0, 0], codes[0, -1] = grid.qmin, grid.qmax
+    float8 = isinstance(grid, Float8Grid)
+    low, high, middle = (0, NAN_CODE, 1 << 10) if float8 else (grid.qmin, grid.qmax + 1, grid.mid)
+    codes = torch.randint(low, high, (n, k), generator=generator)
+    codes[0, 0], codes[0, -1] = low, high - 1
     codes[-1, : grid.group_size or k] = 0
-    scale = (0.6 * torch.rand(n, grid.groups(k), generator=generator) + 0.05) * 8 / grid.mid
+    if float8:  # every pattern of a number, -0 included
+        codes |= torch.randint(2, (n, k), generator=generator) << 7
+    scale = (0.6 * torch.rand(n, grid.groups(k), generator=generator) + 0.05) * 8 / middle
     scale[:, ::2] *= 2**-5
     scale[::3] *= -1
     if n > 4:
         scale[2, 0], scale[3, -1] = 0, 5 * 2.0**-131
     scale = scale.to(torch_dtype(grid.scale_dtype))
     zero = None
+    if float8:
+        return QuantizedWeight.from_codes(grid, codes.to(torch.uint8).view(torch.float8_e4m3fn), scale)
     if grid.zero_point == "int":
         zero = torch.randint(0, grid.qmax + 1, scale.shape, generator=generator).to(torch.uint8)
     elif grid.zero_point == "float":

@@ -9,13 +9,15 @@ from llmq.algorithms.rtn import quantize_rtn
 from llmq.algorithms.statistics import Statistics
 from llmq.errors import SchemeError, UsageError
 from llmq.numerics.affine import MappingType
-from llmq.numerics.grid import FloatGrid, IntGrid, format_from_json
+from llmq.numerics.grid import Float8Activation, Float8Grid, FloatGrid, IntGrid, format_from_json
 from llmq.schemes.registry import describe_schemes, get_scheme, resolve, scheme_names
 
 NAMES = [
     "bf16",
     "fp16",
     "fp32",
+    "float8-dynamic",
+    "float8-weight-only",
     "int2",
     "int2-autoround",
     "int2-awq",
@@ -63,6 +65,9 @@ def test_contract_of_every_scheme(name: str) -> None:
     if isinstance(quantized.grid, IntGrid):
         assert report.sqnr_db is not None
         assert report.sqnr_db > {2: 8, 3: 13}.get(quantized.grid.bits, 15)
+    elif isinstance(quantized.grid, Float8Grid):
+        assert report.sqnr_db is not None
+        assert report.sqnr_db > 30  # three bits of mantissa
     else:
         assert torch.equal(quantized.dequantize(), weight.to(getattr(torch, quantized.grid.dtype)).float())
     assert (resolved.baseline_dtype is not None) == isinstance(quantized.grid, FloatGrid)
@@ -98,6 +103,7 @@ def test_options_reach_the_grid() -> None:
     expected = quantize_rtn(weight, symmetric.format.weight, mapping=MappingType.SYMMETRIC_NO_CLIPPING_ERR)
     assert torch.equal(symmetric.quantize_weight(weight, None, "x")[0].qdata, expected.qdata)
     assert resolve("int8-dynamic").format.weight.scale_dtype == "float32"
+    assert resolve("float8-dynamic", {"granularity": "tensor"}).format.activation == Float8Activation("tensor")
     activation = resolve("int8-dynamic-int4").format.activation
     assert activation is not None
     assert not activation.symmetric
@@ -116,6 +122,7 @@ def test_options_reach_the_grid() -> None:
         ("int4", {"mapping": "symmetric"}, "mapping is for symmetric grids"),
         ("int4-gptq", {"damping": "-1"}, "option damping of scheme int4-gptq must be greater than or equal to 0, got '-1'."),
         ("int4-gptq", {"block_size": "0"}, "must be greater than or equal to 1"),
+        ("float8-dynamic", {"granularity": "block"}, "must be 'row' or 'tensor', got 'block'."),
         ("int8-dynamic", {"mapping": "asymmetric"}, "must be 'symmetric' or 'symmetric_no_clipping_err', got 'asymmetric'."),
     ],
 )
