@@ -16,7 +16,6 @@ from llmq.benchmark.machine import Bandwidth, measured_bandwidth, measured_peak
 from llmq.benchmark.speed import BenchPlan
 from llmq.checkpoint import open_checkpoint
 from llmq.errors import UsageError
-from llmq.model.runtime import NATIVE, TORCH
 from llmq.numerics.grid import LinearFormat
 from llmq.progress import SILENT, Progress
 from llmq.results.record import Protocol, ResultRecord, Subject
@@ -37,10 +36,6 @@ def bench_tokens(
         UsageError: a prompt or context does not fit the model's context.
     """
     setup, plan = setup or Setup(), plan or BenchPlan()
-    if plan.compile:
-        if setup.runtime == NATIVE:
-            raise UsageError("torch.compile compiles torch's operators; --compile goes with --runtime auto or torch.")
-        setup = replace(setup, runtime=TORCH)
     loaded = open_model(path, recipe, setup, progress=progress)
     plan.check(loaded.model.config.max_position_embeddings)
     bandwidth = machine_bandwidth(setup, progress)

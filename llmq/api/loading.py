@@ -22,9 +22,8 @@ from llmq.checkpoint.rotated import rotate_model_, rotation_of
 from llmq.errors import UsageError, suggest
 from llmq.model.kv_cache import AUTO, kv_bytes_per_token, kv_dtype, kv_name
 from llmq.model.llama import Llama
-from llmq.model.native import NativeLlama
 from llmq.model.runtime import AUTO as ANY_RUNTIME
-from llmq.model.runtime import Runtime, check_runtime, choose_runtime
+from llmq.model.runtime import ModelRunner, Runtime, check_runtime, choose_runtime
 from llmq.model.tokenizer import Tokenizer
 from llmq.ops.select import KernelChoice, prepare
 from llmq.progress import SILENT, Progress
@@ -92,6 +91,7 @@ class Loaded:
     calibration: CalibrationSet | None = None
     overrides: tuple[Override, ...] = ()
     distillation: dict[str, Any] | None = None
+    progress: Progress = SILENT
 
     @cached_property
     def size(self) -> Size:
@@ -141,10 +141,10 @@ class Loaded:
     @cached_property
     def runtime(self) -> Runtime:
         """What runs the model, chosen at the first call: the weights must be laid out for their kernels by then."""
-        return choose_runtime(self.model, self.setup.runtime, kv_dtype=self.kv_dtype)
+        return choose_runtime(self.model, self.setup.runtime, kv_dtype=self.kv_dtype, progress=self.progress)
 
     @property
-    def runner(self) -> Llama | NativeLlama:
+    def runner(self) -> ModelRunner:
         """The model as everything but calibration runs it."""
         return self.runtime.runner
 
@@ -190,7 +190,7 @@ def open_model(path: str, recipe: Recipe | None = None, setup: Setup | None = No
     if checkpoint.manifest is None and recipe is None:
         recipe = Recipe(setup.dtype)
     model = load_model(checkpoint, dtype=setup.torch_dtype, progress=progress)
-    loaded = Loaded(checkpoint, model, None, setup)
+    loaded = Loaded(checkpoint, model, None, setup, progress=progress)
     if recipe is not None:
         apply_recipe(loaded, recipe, progress=progress)
     loaded.size  # noqa: B018 - counted now, before kernels lay the weights out

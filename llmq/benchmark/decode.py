@@ -12,12 +12,11 @@ For each batch size B:
                                          median over the repeats, and their spread its error. tokens/s is B / TPOT.
 
 A step at position p reads p + 1 tokens of the cache, so the bytes of a run's steps differ; the middle one's are reported, as
-TPOT is a median too. Under `compile` every step has the same shapes, and reads the whole cache of C + new_tokens tokens.
+TPOT is a median too. Runtimes whose steps have static shapes read more, and are counted with what they read (`model.stepped`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
@@ -28,13 +27,12 @@ from llmq.benchmark.machine import Bandwidth
 from llmq.benchmark.memory import peak_memory
 from llmq.benchmark.speed import BenchPlan, DecodeResult, PrefillResult, SpeedReport
 from llmq.benchmark.timing import Call, TimingPlan, stopwatch_for, thread_count, time_rounds
-from llmq.benchmark.traffic import HEAD, Traffic, traffic_of_model
-from llmq.errors import KernelError
+from llmq.benchmark.traffic import Traffic, traffic_of_model
+from llmq.model.compiled import CompiledLlama
 from llmq.model.generate import decode_step, prefill
 from llmq.model.kv_cache import KVCache
-from llmq.model.llama import Llama
-from llmq.model.native import NativeLlama
-from llmq.model.runtime import Runner, weights_of
+from llmq.model.runtime import ModelRunner, weights_of
+from llmq.model.stepped import SteppedLlama
 from llmq.ops.tensor import QuantizedTensor
 from llmq.ops.usage import record_usage
 from llmq.progress import SILENT, Progress
@@ -42,12 +40,9 @@ from llmq.progress import SILENT, Progress
 PLAIN = "torch"
 """Name under which linears are counted whose weight is a plain tensor: `F.linear` runs them."""
 
-Prefill = Callable[[Runner, KVCache, Tensor], Tensor]
-DecodeStep = Callable[[Runner, KVCache, Tensor, int | Tensor], Tensor]
-
 
 def bench_model(
-    model: Llama | NativeLlama,
+    model: ModelRunner,
     plan: BenchPlan,
     *,
     kv_dtype: torch.dtype | None = None,
@@ -68,13 +63,13 @@ def bench_model(
 
     Raises:
         UsageError: a prompt or context does not fit into the model's context.
-        KernelError: `plan.compile`, and torch.compile fails.
+        KernelError: the model is to be compiled or recorded, and cannot.
     """
     return bench_models([model], plan, kv_dtypes=[kv_dtype], threads=threads, bandwidth=bandwidth, progress=progress)[0]
 
 
 def bench_models(
-    models: Sequence[Llama | NativeLlama],
+    models: Sequence[ModelRunner],
     plan: BenchPlan,
     *,
     kv_dtypes: Sequence[torch.dtype | None] | None = None,
@@ -85,8 +80,7 @@ def bench_models(
     """Measure several models in the same rounds, A B C A B C …, so that a drift of the machine's speed meets all alike.
 
     One turn of a model is a whole prefill, or a whole run of `new_tokens` steps. Arguments and errors are those of
-    `bench_model`, with a dtype of the KV cache for each model; the same model may come twice, with different caches. Compiled
-    models are measured one after the other, because torch keeps few graphs of one function.
+    `bench_model`, with a dtype of the KV cache for each model; the same model may come twice, with different caches.
 
     Returns:
         One report a model, in their order. Peak memory is that of all models together, and the reports say so.
@@ -94,11 +88,6 @@ def bench_models(
     caches = kv_dtypes or [None] * len(models)
     for model in models:
         plan.check(model.config.max_position_embeddings)
-    if plan.compile and len(models) > 1:
-        return [
-            bench_model(model, plan, kv_dtype=kv_dtype, threads=threads, bandwidth=bandwidth, progress=progress)
-            for model, kv_dtype in zip(models, caches, strict=True)
-        ]
     traffics = [traffic_of_model(weights_of(model), kv_dtype) for model, kv_dtype in zip(models, caches, strict=True)]
     prefills: list[list[PrefillResult]] = [[] for _ in models]
     decodes: list[list[DecodeResult]] = [[] for _ in models]
@@ -128,52 +117,37 @@ def bench_models(
 class _Case:
     """One model, batch size and length: of a prompt, and of what is in the cache when decoding begins."""
 
-    def __init__(self, model: Llama | NativeLlama, traffic: Traffic, plan: BenchPlan, batch_size: int, length: int) -> None:
-        self.model, self.traffic, self.compile = model, traffic, plan.compile
+    def __init__(self, model: ModelRunner, traffic: Traffic, plan: BenchPlan, batch_size: int, length: int) -> None:
+        self.model, self.traffic = model, traffic
         self.batch_size, self.length = batch_size, length
         generator = torch.Generator().manual_seed(plan.seed)
         shape = (batch_size, length)
         self.prompt = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
         room = plan.new_tokens if length in plan.decode_contexts else 0
         self.cache = KVCache(model.config, batch_size, length + room, traffic.kv_dtype, model.device)
-        self.prefill: Prefill = prefill
-        self.decode_step: DecodeStep = decode_step
-        if plan.compile:
-            # A graph is specialised for one shape. Without the reset, a list of shapes would end in torch's limit of graphs
-            # for one function.
-            torch.compiler.reset()
-            self.prefill = torch.compile(prefill, fullgraph=True, dynamic=False)
-            self.decode_step = torch.compile(decode_step, fullgraph=True, dynamic=False)
         self.logits: Tensor | None = None
 
     def run_prefill(self) -> None:
         """Put the prompt into the cache; keep the logits of its last token."""
-        self.logits = self.prefill(self.model, self.cache, self.prompt)
+        self.logits = prefill(self.model, self.cache, self.prompt)
 
     def first_token(self) -> Tensor:
         """Return the token that follows the prompt, int64 [B, 1]."""
         assert self.logits is not None
         return _greedy(self.logits)
 
-    def settle(self, call: Callable[[], object], what: str, length: int) -> tuple[dict[str, int], float | None]:
-        """Run `call` once untimed; return the kernels that it uses and, under compile, the seconds that compiling took."""
-        if not self.compile:
-            with record_usage() as usage:
-                call()
-            plain = sum(1 for _ in _plain_linears(weights_of(self.model)))
-            return usage.linears() | ({PLAIN: plain} if plain else {}), None
-        try:
-            seconds = time_rounds({what: call}, TimingPlan(repeats=1, warmup=0, min_repeats=1))[what][0]
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise KernelError(f"torch.compile cannot compile the {what}: {reason}; leave --compile out.") from error
-        return planned_kernels(weights_of(self.model), self.batch_size, length), seconds
+    def settle(self, call: Callable[[], object]) -> tuple[dict[str, int], float | None]:
+        """Run `call` once before anything counts; return the kernels that it uses and, where it compiles, its seconds."""
+        with record_usage() as usage:
+            seconds = time_rounds({"first": call}, TimingPlan(repeats=1, warmup=0, min_repeats=1))["first"][0]
+        plain = sum(1 for _ in _plain_linears(weights_of(self.model)))
+        return usage.linears() | ({PLAIN: plain} if plain else {}), seconds if isinstance(self.model, CompiledLlama) else None
 
 
 def _time_prefills(cases: Sequence[_Case], plan: BenchPlan) -> list[PrefillResult]:
     """Time each model's prefill of the prompt, and taking the first token."""
     with peak_memory(cases[0].model.device) as memory:
-        settled = [case.settle(case.run_prefill, "prefill", case.length) for case in cases]
+        settled = [case.settle(case.run_prefill) for case in cases]
         turns: list[dict[str, Call]] = [{"prefill": case.run_prefill, "first token": case.first_token} for case in cases]
         timed = _in_turns(turns, plan, cases[0].model.device)
     return [
@@ -196,7 +170,7 @@ def _time_decodes(cases: Sequence[_Case], plan: BenchPlan, bandwidth: Bandwidth 
     steps = [f"step {index}" for index in range(plan.new_tokens)]
     decoders = [_Decoder(case) for case in cases]
     with peak_memory(cases[0].model.device) as memory:
-        settled = [case.settle(decoder.restart_and_step, "decode step", 1) for case, decoder in zip(cases, decoders, strict=True)]
+        settled = [case.settle(decoder.restart_and_step) for case, decoder in zip(cases, decoders, strict=True)]
         turns: list[dict[str, Call]] = [{"rewind": decoder.rewind, **dict.fromkeys(steps, decoder.step)} for decoder in decoders]
         timed = _in_turns(turns, plan, cases[0].model.device)
     return [
@@ -227,7 +201,8 @@ def _in_turns(turns: Sequence[dict[str, Call]], plan: BenchPlan, device: torch.d
 
 def _middle_visible(case: _Case, plan: BenchPlan) -> int:
     """Return how many tokens of the cache a run's middle step reads."""
-    return case.cache.max_length if case.compile else case.length + plan.new_tokens // 2 + 1
+    position = case.length + plan.new_tokens // 2
+    return case.model.span(case.cache, position) if isinstance(case.model, SteppedLlama) else position + 1
 
 
 class _Decoder:
@@ -238,37 +213,22 @@ class _Decoder:
             case.logits = prefill(case.model, case.cache, case.prompt)
         self._case = case
         self._first = case.first_token()
-        self._where = torch.tensor([case.length], device=case.model.device) if case.compile else None
         self.rewind()
 
     def rewind(self) -> None:
         """Go back to the first token after the context."""
         self._tokens, self._position = self._first, self._case.length
-        if self._where is not None:
-            self._where.fill_(self._case.length)
 
     def step(self) -> None:
         """Decode one token of every sequence, and choose the next."""
-        position = self._position if self._where is None else self._where
         case = self._case
-        self._tokens = _greedy(case.decode_step(case.model, case.cache, self._tokens, position))
+        self._tokens = _greedy(decode_step(case.model, case.cache, self._tokens, self._position))
         self._position += 1
-        if self._where is not None:
-            self._where += 1
 
     def restart_and_step(self) -> None:
         """Decode the first token once more."""
         self.rewind()
         self.step()
-
-
-def planned_kernels(model: Llama, batch_size: int, length: int) -> dict[str, int]:
-    """Return, for a call on [batch_size, length] tokens that needs the last token's logits, kernel -> number of linears."""
-    counts = Counter({PLAIN: sum(1 for _ in _plain_linears(model))})
-    for fqn, module in model.named_modules():
-        if isinstance(module, nn.Linear) and isinstance(module.weight, QuantizedTensor):
-            counts[module.weight.pick(batch_size if fqn == HEAD else batch_size * length).name] += 1
-    return {name: count for name, count in counts.items() if count}
 
 
 def model_nbytes(model: nn.Module) -> int:

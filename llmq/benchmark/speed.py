@@ -29,7 +29,6 @@ class BenchPlan:
         contexts: tokens in the cache where decoding is timed from; None: the prompt lengths.
         new_tokens: steps of one repeat of decoding.
         repeats: timed repeats, after one that is not.
-        compile: run under torch.compile.
         seed: of the random prompts.
         budget_s: end a timing early (after 3 repeats at the least) when it would take longer; None: never.
     """
@@ -39,7 +38,6 @@ class BenchPlan:
     contexts: tuple[int, ...] | None = None
     new_tokens: int = 64
     repeats: int = 5
-    compile: bool = False
     seed: int = 0
     budget_s: float | None = None
 
@@ -110,9 +108,9 @@ class PrefillResult:
             **_shared_metrics(self.compile_s, self.memory),
         }
 
-    def protocol(self, plan: BenchPlan) -> Protocol:
+    def protocol(self) -> Protocol:
         """Return how it was measured."""
-        params = {"batch_size": self.batch_size, "prompt_length": self.prompt_length, "compile": plan.compile}
+        params = {"batch_size": self.batch_size, "prompt_length": self.prompt_length, "compile": self.compile_s is not None}
         return Protocol(name="prefill", version=PROTOCOL_VERSION, params=params)
 
 
@@ -175,9 +173,14 @@ class DecodeResult:
             found["machine_bandwidth_gbps"] = Metric(value=self.bandwidth.best_gbps, unit="GB/s")
         return found | _shared_metrics(self.compile_s, self.memory)
 
-    def protocol(self, plan: BenchPlan) -> Protocol:
+    def protocol(self) -> Protocol:
         """Return how it was measured."""
-        params = {"batch_size": self.batch_size, "context": self.context, "new_tokens": self.new_tokens, "compile": plan.compile}
+        params = {
+            "batch_size": self.batch_size,
+            "context": self.context,
+            "new_tokens": self.new_tokens,
+            "compile": self.compile_s is not None,
+        }
         return Protocol(name="decode", version=PROTOCOL_VERSION, params=params)
 
 
@@ -205,7 +208,7 @@ class SpeedReport:
             ResultRecord(
                 kind=kind,
                 subject=subject,
-                protocol=result.protocol(self.plan),
+                protocol=result.protocol(),
                 metrics=result.metrics() | own,
                 kernels=result.kernels,
                 environment=environment,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from llmq.cli import options as o
+from llmq.errors import UsageError
 
 GROUP = "bench"
 
@@ -30,7 +31,7 @@ def tokens_per_second(
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens decoded in one repeat.")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Repeats of each timing.")] = 5,
-    compile: Annotated[bool, typer.Option("--compile", help="Run under torch.compile.", rich_help_panel=o.RUNNING)] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="The same as --runtime compile.", rich_help_panel=o.RUNNING)] = False,
     scheme: o.Scheme = None,
     option: o.SchemeOptions = None,
     skip: o.Skip = None,
@@ -57,8 +58,11 @@ def tokens_per_second(
         contexts=tuple(o.ints(contexts, "--contexts")) if contexts else None,
         new_tokens=new_tokens,
         repeats=repeats,
-        compile=compile,
     )
+    if compile:
+        if runtime not in ("auto", "compile"):
+            raise UsageError(f"--compile is --runtime compile, and --runtime {runtime} was asked for too; leave one out.")
+        runtime = "compile"
     with render.reporting(quiet=json) as progress:
         setup = o.setup(device, dtype, threads, kernel, kv_cache=kv_cache, runtime=runtime)
         records = bench_tokens(model, recipe, setup, plan, progress=progress)

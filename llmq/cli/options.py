@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -50,8 +50,9 @@ Runtime = Annotated[
     str,
     typer.Option(
         "--runtime",
-        metavar="auto|native|torch",
-        help="What runs the forward pass: native is one call of the native library, torch one operator after the other.",
+        metavar="auto|native|graph|compile|torch",
+        help="What runs the forward pass: native is one call of the native library (CPU), graph records the decode step as a "
+        "CUDA graph, compile is torch.compile, torch one operator after the other.",
         rich_help_panel=RUNNING,
     ),
 ]
@@ -62,8 +63,13 @@ Activations = Annotated[
     ),
 ]
 Spill = Annotated[
-    Path | None,
-    typer.Option("--spill", metavar="FOLDER", help="Keep hidden states on this disk, not in memory.", rich_help_panel=RUNNING),
+    str | None,
+    typer.Option(
+        "--spill",
+        metavar="FOLDER|host",
+        help="Keep hidden states on this disk; host: in the host's memory. Default: where the model is quantized.",
+        rich_help_panel=RUNNING,
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.", rich_help_panel=RUNNING)]
 
@@ -232,6 +238,11 @@ def setup(
         processes.refuse_several()
 
     return Setup(device=device, dtype=dtype, threads=threads, kernel=kernel, seed=seed, kv_cache=kv_cache, runtime=runtime)
+
+
+def spill(text: str | None) -> Path | Literal["host"] | None:
+    """Read --spill; a folder that is called host is ./host."""
+    return "host" if text == "host" else None if text is None else Path(text)
 
 
 def recipe(

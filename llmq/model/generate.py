@@ -60,10 +60,10 @@ def decode_step(model: Runner, cache: KVCache, tokens: Tensor, position: int | T
     """Advance every sequence of the batch by one token.
 
     Args:
-        model: the model, or what torch.compile made of it.
+        model: the model.
         cache: holds all positions before `position`, and afterwards `position` too.
         tokens: int64 [B, 1], the tokens at `position`.
-        position: an int for eager mode, a tensor of one integer under torch.compile; see `Llama.forward`.
+        position: an int; or a tensor of one integer, under a torch.compile of one's own. See `Llama.forward`.
 
     Returns:
         the logits [B, 1, vocab] of the next token.

@@ -18,6 +18,7 @@ D = 64 little more than half of what bfloat16 takes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -82,7 +83,6 @@ class KVCache:
         kv_name(dtype)  # refuses a dtype that is no cache's
         self.config = config
         self.batch_size = batch_size
-        self.max_length = max_length
         self.dtype = dtype
         # zeros, not empty: a masked position still meets its value in 0 * value, which NaN would survive
         shape = (batch_size, config.num_kv_heads, max_length, config.head_dim)
@@ -95,6 +95,11 @@ class KVCache:
             self.value_scales = [torch.zeros(shape[:-1], device=device) for _ in range(config.num_layers)]
         positions = torch.arange(max_length, device=device)
         self.cosines, self.sines = rotation_table(inverse_frequencies(config).to(device), positions)
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens of a sequence it holds; read off a tensor, so that one compiled graph can serve any length."""
+        return self.keys[0].shape[2]
 
     def check(self, batch_size: int, start: int, length: int) -> None:
         """Raise UsageError when `length` tokens of `batch_size` sequences cannot stand at `start`."""
@@ -143,6 +148,17 @@ class KVCache:
             dequantize_int8(keys, self.key_scales[layer][:, :, visible]).to(dtype),
             dequantize_int8(values, self.value_scales[layer][:, :, visible]).to(dtype),
         )
+
+    def first(self, length: int) -> KVCache:
+        """Return the first `length` positions as a cache, in the same memory: what is written to one is in the other."""
+        part = copy(self)
+        part.keys = [tensor[:, :, :length] for tensor in self.keys]
+        part.values = [tensor[:, :, :length] for tensor in self.values]
+        if self.key_scales is not None and self.value_scales is not None:
+            part.key_scales = [tensor[:, :, :length] for tensor in self.key_scales]
+            part.value_scales = [tensor[:, :, :length] for tensor in self.value_scales]
+        part.cosines, part.sines = self.cosines[:length], self.sines[:length]
+        return part
 
     def attention_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype in which attention computes when the model's is `dtype`: the cache's own unless it is quantized."""

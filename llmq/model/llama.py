@@ -29,12 +29,14 @@ class Sight:
     """Which keys the queries of one call see, for one kind of layer.
 
     Attributes:
-        keys: the keys to look at.
+        first: the first key to look at.
+        stop: the one after the last. Not a slice of both: torch.compile would fix a slice's ends, and compile for each length.
         mask: added to the scores [T, keys], 0 or -inf; None: every key is seen, or `causal` says which.
         causal: query i sees keys 0 … i.
     """
 
-    keys: slice
+    first: int
+    stop: int
     mask: Tensor | None
     causal: bool
 
@@ -49,7 +51,7 @@ class BlockContext:
         full: what layers without a window see.
         sliding: what layers with a window see.
         cache: where keys and values are kept; None: there are no others than the call's own.
-        where: the positions of the call in the cache.
+        where: the positions of the call in the cache: the first and the one after the last, or all of them, int64 [T].
     """
 
     cosines: Tensor
@@ -57,7 +59,7 @@ class BlockContext:
     full: Sight
     sliding: Sight
     cache: KVCache | None
-    where: slice | Tensor
+    where: tuple[int, int] | Tensor
 
 
 class Attention(nn.Module):
@@ -86,8 +88,8 @@ class Attention(nn.Module):
         if context.cache is None:
             k = k.to(x.dtype)
         else:
-            context.cache.write(self.layer, k, v, context.where)
-            k, v = context.cache.read(self.layer, sight.keys, x.dtype)
+            context.cache.write(self.layer, k, v, slice(*context.where) if isinstance(context.where, tuple) else context.where)
+            k, v = context.cache.read(self.layer, slice(sight.first, sight.stop), x.dtype)
         q = q.to(k.dtype)
         if T == 1:
             # The heads that share keys become the rows of one small query matrix, so that each key is read once, and not
@@ -239,7 +241,7 @@ class Llama(nn.Module):
             check_context(T, self.config)
             positions = torch.arange(T, device=h.device)
             cosines, sines = rotation_table(self.frequencies.to(h.device), positions)
-            return self._context(cosines, sines, cache, slice(0, T), h.dtype)
+            return self._context(cosines, sines, cache, (0, T), h.dtype)
         dtype = cache.attention_dtype(h.dtype)
         cache.check(B, 0 if isinstance(start, Tensor) else start, T)
         if isinstance(start, Tensor):
@@ -247,11 +249,11 @@ class Llama(nn.Module):
                 raise UsageError(f"start must be one position for the whole batch, got a tensor of shape {tuple(start.shape)}.")
             positions = start + torch.arange(T, device=h.device)  # [T], from [] or [1]
             return self._context(cache.cosines[positions], cache.sines[positions], cache, positions, dtype)
-        where = slice(start, start + T)
-        return self._context(cache.cosines[where], cache.sines[where], cache, where, dtype)
+        stop = start + T
+        return self._context(cache.cosines[start:stop], cache.sines[start:stop], cache, (start, stop), dtype)
 
     def _context(
-        self, cosines: Tensor, sines: Tensor, cache: KVCache | None, where: slice | Tensor, dtype: torch.dtype
+        self, cosines: Tensor, sines: Tensor, cache: KVCache | None, where: tuple[int, int] | Tensor, dtype: torch.dtype
     ) -> BlockContext:
         length = cache.max_length if cache is not None else 0
         full = _sight(where, None, length, dtype, cosines.device)
@@ -260,20 +262,18 @@ class Llama(nn.Module):
         return BlockContext(cosines, sines, full, sliding, cache, where)
 
 
-def _sight(where: slice | Tensor, window: int | None, length: int, dtype: torch.dtype, device: torch.device) -> Sight:
+def _sight(where: tuple[int, int] | Tensor, window: int | None, length: int, dtype: torch.dtype, device: torch.device) -> Sight:
     """Return what queries at the positions `where` see of the keys at 0 … `length` - 1, with or without a window."""
     if isinstance(where, Tensor):
-        keys = slice(0, length)
-        return Sight(keys, _mask(where, torch.arange(length, device=device), window, dtype), causal=False)
-    first = 0 if window is None else max(0, where.start - window + 1)
-    keys = slice(first, where.stop)
-    T = where.stop - where.start
-    if T == 1:
-        return Sight(keys, None, causal=False)
-    if where.start == 0 and (window is None or window >= T):
-        return Sight(keys, None, causal=True)
-    queries = torch.arange(where.start, where.stop, device=device)
-    return Sight(keys, _mask(queries, torch.arange(first, where.stop, device=device), window, dtype), causal=False)
+        return Sight(0, length, _mask(where, torch.arange(length, device=device), window, dtype), causal=False)
+    start, stop = where
+    first = 0 if window is None else max(0, start - window + 1)
+    if stop - start == 1:
+        return Sight(first, stop, None, causal=False)
+    if start == 0 and (window is None or window >= stop):
+        return Sight(first, stop, None, causal=True)
+    queries = torch.arange(start, stop, device=device)
+    return Sight(first, stop, _mask(queries, torch.arange(first, stop, device=device), window, dtype), causal=False)
 
 
 def _mask(queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,12 @@ class Usage:
         self.calls[kernel] = self.calls.get(kernel, 0) + 1
         self.weights.setdefault(kernel, set()).add(weight)
 
+    def include(self, other: Usage) -> None:
+        """Count what another block counted once more: a recording that runs again."""
+        for kernel, calls in other.calls.items():
+            self.calls[kernel] = self.calls.get(kernel, 0) + calls
+            self.weights.setdefault(kernel, set()).update(other.weights[kernel])
+
     def linears(self) -> dict[str, int]:
         """Kernel name -> number of different linears it ran for: `ResultRecord.kernels`."""
         return {name: len(weights) for name, weights in self.weights.items()}
