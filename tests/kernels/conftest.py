@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import triton_interpreter
 from native_builds import build_wheel
 
-from llmq.ops import native
+from llmq.ops import native, triton_support
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +42,17 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def triton_device(monkeypatch) -> Iterator[str]:
+    """The device on which Triton's kernels run here: a GPU, else the CPU, in the interpreter. Skips where Triton is missing."""
+    pytest.importorskip("triton")
+    if not triton_support.interpreted():
+        if not triton_support.triton_gpu().ok:
+            pytest.skip(triton_support.triton_gpu().reason)
+        yield "cuda"
+        return
+    triton_interpreter.repair(monkeypatch)
+    with np.errstate(all="ignore"):  # a NaN is not worth a warning
+        yield "cpu"
