@@ -62,6 +62,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return how many bytes of shared memory one program may have on the tensors' device; in the interpreter those of an H200."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 227 << 10
+
+
+@functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
