@@ -13,6 +13,7 @@ import torch
 from llmq.algorithms.report import LayerReport
 from llmq.api.calibrating import calibration_set
 from llmq.api.distilling import distill_model, distill_settings
+from llmq.api.kernel_choice import lay_out
 from llmq.api.recipes import Recipe, settle
 from llmq.api.sizes import Size, size_of
 from llmq.calibration.recorder import CalibrationSet
@@ -25,7 +26,7 @@ from llmq.model.llama import Llama
 from llmq.model.runtime import AUTO as ANY_RUNTIME
 from llmq.model.runtime import ModelRunner, Runtime, check_runtime, choose_runtime
 from llmq.model.tokenizer import Tokenizer
-from llmq.ops.select import KernelChoice, prepare
+from llmq.ops.select import KernelChoice
 from llmq.progress import SILENT, Progress
 from llmq.ranks import default_threads
 from llmq.results.coverage import Coverage
@@ -42,8 +43,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Setup:
     """Where and how a model runs.
 
-    `dtype` is one of `DTYPES`; `kernel` None lets `ops.select` choose; `kv_cache` is `AUTO`, the model's own dtype, or one of
-    `KV_DTYPES`; `runtime` is one of `model.runtime.RUNTIMES`.
+    `dtype` is one of `DTYPES`; `kernel` is what `kernel_choice.lay_out` takes; `kv_cache` is `AUTO`, the model's own dtype, or one
+    of `KV_DTYPES`; `runtime` is one of `model.runtime.RUNTIMES`.
     """
 
     device: str = "cpu"
@@ -195,7 +196,7 @@ def open_model(path: str, recipe: Recipe | None = None, setup: Setup | None = No
         apply_recipe(loaded, recipe, progress=progress)
     loaded.size  # noqa: B018 - counted now, before kernels lay the weights out
     loaded.model.to(setup.device)
-    loaded.choices = prepare(loaded.model, prefer=setup.kernel)
+    loaded.choices = lay_out(loaded.model, setup.kernel, setup.device, progress)
     if loaded.runtime.fell_back:
         progress.note(loaded.runtime.note)
     return loaded

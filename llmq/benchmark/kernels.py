@@ -12,17 +12,17 @@ a weight: each kernel goes round copies of its weight that together are several 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from llmq.benchmark.contender import Contender
 from llmq.benchmark.machine import Bandwidth, Peak
 from llmq.benchmark.order_statistics import Summary, median, paired_ratios, summarize
 from llmq.benchmark.speed import rate_metric, time_metric
-from llmq.benchmark.timing import Call, TimingPlan, stopwatch_for, thread_count, time_rounds
+from llmq.benchmark.timing import TimingPlan, stopwatch_for, thread_count, time_rounds
 from llmq.benchmark.traffic import linear_shapes
 from llmq.errors import UsageError
 from llmq.model.config import LlamaConfig
@@ -30,21 +30,16 @@ from llmq.numerics.float8 import NAN_CODE
 from llmq.numerics.grid import ActivationGrid, Float8Grid, FloatGrid, IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight, torch_dtype
 from llmq.ops.check import exact_linear, worst_element
-from llmq.ops.schema import Case, Kernel
+from llmq.ops.schema import Case
 from llmq.ops.select import candidates, prepare
 from llmq.ops.table import REFERENCE
 from llmq.ops.tensor import QuantizedTensor
 from llmq.progress import SILENT, Progress
-from llmq.results.environment import last_level_cache_bytes
 from llmq.results.record import Metric, Protocol
 
 PROTOCOL_VERSION = 1
 """Raised when the meaning of a figure of `kernel` records changes."""
 
-_CACHES = 4
-"""Copies of a weight amount to this many last-level caches, so that no copy is still cached when its turn comes again."""
-
-_MOST_COPIES = 256
 _THROUGH_FP32 = frozenset({REFERENCE, "dequant-gemm"})
 """Kernels that multiply int8 codes as fp32 numbers: what they reach is not a peak of integer arithmetic."""
 
@@ -152,27 +147,6 @@ class KernelReport:
     threads: int
 
 
-@dataclass(frozen=True)
-class _Contender:
-    """A kernel that can compute the case, and its weight in its layout."""
-
-    kernel: Kernel
-    tensors: tuple[Tensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    def call(self, x: Tensor, case: Case) -> Call:
-        """Return a call that multiplies x with the next of as many copies as keep the weight out of the caches."""
-        copies = 1
-        if case.device == "cpu":
-            copies = min(_MOST_COPIES, 1 + _CACHES * (last_level_cache_bytes() or 0) // self.nbytes)
-        cold = [tuple(tensor.clone() for tensor in self.tensors) for _ in range(copies - 1)]
-        turns = itertools.cycle([self.tensors, *cold])
-        return lambda: self.kernel.linear(x, next(turns), None, case)
-
-
 def bench_kernels(
     plan: KernelPlan, *, device: str = "cpu", threads: int | None = None, progress: Progress = SILENT
 ) -> KernelReport:
@@ -231,7 +205,7 @@ def _bench_case(name: str, case: Case, plan: KernelPlan) -> tuple[list[KernelRes
         if not support.ok:
             refusals.append(KernelRefusal(kernel.name, name, case.n, case.k, support.reason))
             continue
-        contenders[kernel.name] = _Contender(kernel, kernel.prepack(weight.to(case.device)))
+        contenders[kernel.name] = Contender(kernel, kernel.prepack(weight.to(case.device)))
     results = []
     for rows in plan.rows:
         x = torch.randn(rows, case.k, generator=generator).to(case.dtype)
@@ -285,7 +259,7 @@ def random_weight(case: Case, generator: torch.Generator) -> QuantizedWeight:
     return replace(weight, input_scale=torch.full((1,), 4.0 / 127)) if case.format.has_input_scale else weight
 
 
-def _failures(contenders: Mapping[str, _Contender], x: Tensor, weight: QuantizedWeight, case: Case) -> dict[str, str]:
+def _failures(contenders: Mapping[str, Contender], x: Tensor, weight: QuantizedWeight, case: Case) -> dict[str, str]:
     """Return, for each kernel whose result is further from the exact one than rounding explains, where and how far."""
     on_cpu = Case(case.format, case.n, case.k, case.dtype, "cpu")
     got = {

@@ -33,7 +33,9 @@ Kernel = Annotated[
     str | None,
     typer.Option(
         "--kernel",
-        help="Use this kernel and no other; see `llmq kernels`. Default: the first that fits.",
+        metavar="NAME|fixed|measured",
+        help="Use this kernel and no other, or of `llmq kernels` the first that fits (fixed), or the fastest, timed once a "
+        "machine (measured). Default: measured on a GPU, else fixed.",
         rich_help_panel=RUNNING,
     ),
 ]

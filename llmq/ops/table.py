@@ -43,16 +43,19 @@ def kernel_named(name: str) -> Kernel:
 
 
 @functools.cache
-def row_ranges(names: tuple[str, ...]) -> tuple[tuple[int | None, Kernel], ...]:
+def row_ranges(names: tuple[str, ...], until: tuple[int | None, ...] = ()) -> tuple[tuple[int | None, Kernel], ...]:
     """Split the numbers of rows among kernels, earlier ones first.
 
     Args:
         names: kernels of one layout, in order; the last takes whatever the others leave.
+        until: the last number of rows of each, in ascending order, None for the last; empty: their own limits say.
 
     Returns:
         (last number of rows or None, kernel) in ascending order; the last entry has None.
     """
     kernels = [kernel_named(name) for name in names]
+    if until:
+        return tuple(zip(until, kernels, strict=True))
     starts = sorted({1, *(k.min_rows for k in kernels), *(k.max_rows + 1 for k in kernels if k.max_rows is not None)})
     ranges: list[tuple[int | None, Kernel]] = []
     for start, following in zip(starts, [*starts[1:], None], strict=True):
@@ -64,9 +67,9 @@ def row_ranges(names: tuple[str, ...]) -> tuple[tuple[int | None, Kernel], ...]:
     return tuple(ranges)
 
 
-def describe_rows(names: tuple[str, ...]) -> str:
-    """Return '1-7 rows: a; 8+ rows: b', or 'a' when one kernel takes all."""
-    ranges = row_ranges(names)
+def describe_rows(names: tuple[str, ...], until: tuple[int | None, ...] = ()) -> str:
+    """Return '1-7 rows: a; 8+ rows: b', or 'a' when one kernel takes all; the arguments are those of `row_ranges`."""
+    ranges = row_ranges(names, until)
     if len(ranges) == 1:
         return ranges[0][1].name
     parts, start = [], 1

@@ -44,6 +44,8 @@ class Spec:
     layout: str
     kernels: tuple[str, ...]
     transposed: bool = False
+    until: tuple[int | None, ...] = ()
+    """The last number of rows of each kernel, where that was measured; see `row_ranges`."""
 
 
 class QuantizedTensor(Tensor):
@@ -128,18 +130,18 @@ class QuantizedTensor(Tensor):
         numbers = self.weight.dequantize(dtype)
         return numbers.T if self.spec.transposed else numbers
 
-    def with_kernels(self, layout: str, kernels: tuple[str, ...]) -> QuantizedTensor:
-        """Return the weight laid out for kernels, which must all read `layout`; `select.prepare` chooses them."""
+    def with_kernels(self, layout: str, kernels: tuple[str, ...], until: tuple[int | None, ...] = ()) -> QuantizedTensor:
+        """Return the weight laid out for kernels, which must all read `layout`; `select.prepare` chooses them and their rows."""
         if layout == self.spec.layout:
             stored = self.stored
         else:
             weight = self.weight
             stored = weight.tensors if layout == CANONICAL else kernel_named(kernels[0]).prepack(weight)
-        return QuantizedTensor(stored, replace(self.spec, layout=layout, kernels=kernels))
+        return QuantizedTensor(stored, replace(self.spec, layout=layout, kernels=kernels, until=until))
 
     def pick(self, rows: int | torch.SymInt) -> Kernel:
         """Return the kernel for `rows` rows of x; an exported graph of any number of rows gets the one without a limit."""
-        ranges = row_ranges(self.spec.kernels)
+        ranges = row_ranges(self.spec.kernels, self.spec.until)
         if len(ranges) == 1 or (isinstance(rows, torch.SymInt) and torch.compiler.is_exporting()):
             return ranges[-1][1]
         for last, kernel in ranges:
@@ -324,8 +326,8 @@ def _to_copy(
     )
     if case != spec.case and (spec.layout != CANONICAL or spec.kernels != (REFERENCE,)):
         raise UsageError(
-            f"the weight is prepared for {spec.case.dtype} on {spec.case.device} ({describe_rows(spec.kernels)}); call "
-            f"unprepare() before moving it to {case.dtype} on {case.device}, and prepare() afterwards."
+            f"the weight is prepared for {spec.case.dtype} on {spec.case.device} ({describe_rows(spec.kernels, spec.until)}); "
+            f"call unprepare() before moving it to {case.dtype} on {case.device}, and prepare() afterwards."
         )
     return weight.map(lambda tensor: tensor.to(device=device, copy=True), case=case)
 
@@ -340,7 +342,7 @@ def _copy(target: QuantizedTensor, source: Tensor, non_blocking: bool = False) -
             f"a weight [{its.case.n}, {its.case.k}] of {its.case.format} cannot fill one of [{mine.case.n}, {mine.case.k}] of "
             f"{mine.case.format}; load with assign=True."
         )
-    for tensor, new in zip(target.stored, source.with_kernels(mine.layout, mine.kernels).stored, strict=True):
+    for tensor, new in zip(target.stored, source.with_kernels(mine.layout, mine.kernels, mine.until).stored, strict=True):
         tensor.copy_(new, non_blocking)
     return target
 

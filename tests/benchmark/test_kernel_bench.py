@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmq.api.benching import parse_shapes
-from llmq.benchmark import kernels
+from llmq.benchmark import contender, kernels
 from llmq.benchmark.kernels import KernelPlan, KernelReport, bench_kernels, measure_int8_peak, random_weight, shapes_of
 from llmq.benchmark.machine import Bandwidth, Peak
 from llmq.benchmark.order_statistics import median, summarize
@@ -106,7 +106,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_take_turns_so_that_they_come_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake("fake")
     offer(monkeypatch, (fake, SUPPORTED))
-    monkeypatch.setattr(kernels, "last_level_cache_bytes", lambda: 20_000)
+    monkeypatch.setattr(contender, "last_level_cache_bytes", lambda: 20_000)
     plan = KernelPlan({"int8": INT8}, ((128, 64),), (1,), timing=TimingPlan(repeats=25, warmup=0))
     bench_kernels(plan)
     stored = 128 * 64 + 128 * 4

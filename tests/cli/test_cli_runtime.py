@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from cli_runs import records_of, run_llmq
 
+from llmq.model import runtime
+from llmq.model.compiled import CompiledLlama
 from llmq.ops import native
 
 BENCH = ("--new-tokens", "2", "--repeats", "1", "--prompt-lengths", "8", "--scheme", "int8-dynamic", "--threads", "1", "--json")
@@ -36,10 +40,28 @@ def test_a_fallback_is_said(wt2_8m):
     assert reason in text.stderr
 
 
+@pytest.mark.slow
+def test_compile_runs_what_torch_runs(short_model, evaluation_text, monkeypatch):
+    """Traced and not compiled further, which is inductor's work and takes half a minute."""
+    monkeypatch.setattr(runtime, "CompiledLlama", functools.partial(CompiledLlama, backend="eager"))
+    records = records_of(run_llmq("bench", "tokens-per-second", short_model, "--compile", *BENCH))
+    for record in records:
+        assert record["notes"][0] == "runtime: compile"
+        assert record["protocol"]["params"]["compile"]
+        assert record["metrics"]["compile_s"]["value"] > 0
+        assert set(record["kernels"]) == {"native-int8-dynamic", "native-bf16"}
+    question = ("eval", "perplexity", short_model, "--text", evaluation_text, "--limit", "2", "--kv-cache", "int8", "--threads", "1", "--json")
+    torchs, compiled = (records_of(run_llmq(*question, "--runtime", name))[0] for name in ("torch", "compile"))
+    assert compiled["metrics"]["nll"]["value"] == pytest.approx(torchs["metrics"]["nll"]["value"], abs=1e-3)
+    assert compiled["kernels"] == torchs["kernels"]
+
+
 def test_native_or_an_error(wt2_8m):
     refused = run_llmq("generate", wt2_8m, "Once", "--dtype", "fp16", "--runtime", "native", code=5)
     assert "the native runtime cannot run this model: it computes in float32 or bfloat16" in refused.stderr
+    graph = run_llmq("generate", wt2_8m, "Once", "--runtime", "graph", code=5)
+    assert "the graph runtime cannot run this model: CUDA graphs are for NVIDIA GPUs, and the model is on cpu" in graph.stderr
     compiled = run_llmq("bench", "tokens-per-second", wt2_8m, "--compile", "--runtime", "native", *BENCH, code=2)
-    assert "--compile goes with --runtime auto or torch" in compiled.stderr
+    assert "--compile is --runtime compile, and --runtime native was asked for too" in compiled.stderr
     unknown = run_llmq("generate", wt2_8m, "Once", "--runtime", "nativ", code=2)
     assert "unknown runtime 'nativ'" in unknown.stderr

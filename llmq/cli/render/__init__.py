@@ -4,6 +4,7 @@ from llmq.cli.render.console import records_or_json, reporting, save_records
 from llmq.cli.render.diff import diff, gate
 from llmq.cli.render.facts import calibration_set, description, environment, kernels, plan, quantized, schemes, stream
 from llmq.cli.render.history import done, exported, imported, plotted, run_list, stored_run
+from llmq.cli.render.kernel_choices import kernel_choices
 from llmq.cli.render.layers import explanation
 from llmq.cli.render.matrix import matrix
 from llmq.cli.render.mixing import mixture, sensitivities
@@ -35,6 +36,7 @@ __all__ = [
     "exported",
     "gate",
     "imported",
+    "kernel_choices",
     "kernel_speeds",
     "kernels",
     "matrix",
