@@ -43,8 +43,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Setup:
     """Where and how a model runs.
 
-    `dtype` is one of `DTYPES`; `kernel` is what `kernel_choice.lay_out` takes; `kv_cache` is `AUTO`, the model's own dtype, or one
-    of `KV_DTYPES`; `runtime` is one of `model.runtime.RUNTIMES`.
+    `dtype` is one of `DTYPES`; `kernel` is what `kernel_choice.lay_out` takes; `kv_cache` is `AUTO`, the model's own dtype, or
+    one of `KV_DTYPES`; `runtime` is one of `model.runtime.RUNTIMES`.
     """
 
     device: str = "cpu"

@@ -50,8 +50,10 @@ def test_compile_runs_what_torch_runs(short_model, evaluation_text, monkeypatch)
         assert record["protocol"]["params"]["compile"]
         assert record["metrics"]["compile_s"]["value"] > 0
         assert set(record["kernels"]) == {"native-int8-dynamic", "native-bf16"}
-    question = ("eval", "perplexity", short_model, "--text", evaluation_text, "--limit", "2", "--kv-cache", "int8", "--threads", "1", "--json")
-    torchs, compiled = (records_of(run_llmq(*question, "--runtime", name))[0] for name in ("torch", "compile"))
+    question = ("eval", "perplexity", short_model, "--text", evaluation_text, "--limit", "2", "--kv-cache", "int8")
+    torchs, compiled = (
+        records_of(run_llmq(*question, "--runtime", name, "--threads", "1", "--json"))[0] for name in ("torch", "compile")
+    )
     assert compiled["metrics"]["nll"]["value"] == pytest.approx(torchs["metrics"]["nll"]["value"], abs=1e-3)
     assert compiled["kernels"] == torchs["kernels"]
 

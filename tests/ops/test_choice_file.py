@@ -155,7 +155,7 @@ def test_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     class Properties:
         name, multi_processor_count, total_memory = "NVIDIA H200", 132, 143771 << 20
 
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: Properties())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", Properties)
     version = tmp_path / "version"
     version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  560.35.03  Release Build\n")
     monkeypatch.setattr(choice_file, "_NVIDIA", version)
