@@ -32,8 +32,8 @@ def quantize_rtn(weight: Tensor, grid: CodeGrid, *, mapping: MappingType | None 
     Args:
         weight: [N, K], floating point.
         grid: an integer or a float8 grid.
-        mapping: how a group's range is laid over integer codes; None: SYMMETRIC for a symmetric grid, ASYMMETRIC otherwise. With float8
-            a row's largest magnitude always becomes the largest code.
+        mapping: how a group's range is laid over integer codes; None: SYMMETRIC for a symmetric grid, ASYMMETRIC otherwise. Of
+            float8 codes the largest is always that of a row's largest magnitude.
 
     Returns:
         The quantized weight.

@@ -43,10 +43,10 @@ def round_to_float8(x: Tensor, scale: Tensor) -> Tensor:
 def float8_numbers(codes: Tensor) -> Tensor:
     """Return what codes are without their scale, fp32 of the same shape; exact.
 
-    On a CPU torch casts one code at a time. Shifted by seven, a code's bits are those of an fp16 number 2**8 times too small,
-    subnormals included, and that takes vector instructions, a tenth of the time.
+    On a CPU torch casts one code at a time, but in compiled graphs. Shifted by seven, a code's bits are those of an fp16 number
+    2**8 times too small, subnormals included, and that takes vector instructions, a tenth of the time.
     """
-    if codes.device.type != "cpu":
+    if codes.device.type != "cpu" or torch.compiler.is_compiling():
         return codes.float()
     bits = (codes.view(torch.int8).to(torch.int16) << 7) & _FP16_BITS
     numbers = bits.view(torch.float16).float() * 2.0**8

@@ -222,6 +222,24 @@ def int8_dynamic(case: Case) -> Support:
     return computable(case)
 
 
+def float8_product(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Multiply float8 matrices with `torch._scaled_mm`, scaled by row and by output.
+
+    Without fast accumulation: with it, tensor cores add up the whole of K in registers of 14 bits.
+
+    Args:
+        codes: float8_e4m3fn [M, K], contiguous.
+        scale: fp32 [M, 1], contiguous.
+        weight: float8_e4m3fn [N, K], contiguous.
+        weight_scale: fp32 [N, 1].
+
+    Returns:
+        bf16 [M, N].
+    """
+    other = weight_scale.reshape(1, -1)
+    return torch._scaled_mm(codes, weight.T, scale, other, out_dtype=torch.bfloat16, use_fast_accum=False)
+
+
 def tinygemm_grid(case: Case) -> Support:
     """Whether the weight is (q - 8) * s + z with bf16 s and z, exactly, in groups the tinygemm kernels know."""
     grid = case.format.weight

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from llmq.numerics.grid import IntGrid
 from llmq.numerics.weight import QuantizedWeight
 from llmq.ops.reference import quantize_activation
-from llmq.ops.schema import Case
+from llmq.ops.schema import Case, Kernel
 
 _UNIT_FP32 = 2.0**-24
 _BLOCK = 256
@@ -69,6 +70,21 @@ def exact_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, case: 
     if case.format.quantized:
         bound = bound + _HALF_SUBNORMAL * (2 * activations.abs().sum(dim=1, keepdim=True) + 2**23 * case.k)
     return Exact(y, bound)
+
+
+@runtime_checkable
+class Coarse(Protocol):
+    """A kernel whose sums are not those of fp32 numbers, and which says how far that may take it."""
+
+    def slack(self, x: Tensor, weight: QuantizedWeight, case: Case) -> Tensor:
+        """Return what is added to `exact_linear`'s bound for this kernel alone, fp64 [M, N]."""
+        ...
+
+
+def exact_for(kernel: Kernel, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, case: Case) -> Exact:
+    """Return `exact_linear`, with the kernel's own bound where it has one."""
+    exact = exact_linear(x, weight, bias, case)
+    return replace(exact, bound=exact.bound + kernel.slack(x, weight, case)) if isinstance(kernel, Coarse) else exact
 
 
 def worst_element(got: Tensor, exact: Exact) -> str | None:

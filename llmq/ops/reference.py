@@ -88,7 +88,8 @@ def quantize_activation(x: Tensor, grid: Activation, input_scale: Tensor | None 
     if x.shape[0] == 0:
         return x, x.new_ones(0, 1)
     if isinstance(grid, Float8Activation):
-        return _float8_activation(x, grid)
+        float8, scale = float8_codes(x, grid)
+        return float8_numbers(float8), scale
     low = -127 if grid.symmetric else -128
     if input_scale is not None:
         scale = input_scale.reshape(1, 1).expand(x.shape[0], 1)
@@ -122,13 +123,24 @@ def quantize_activation(x: Tensor, grid: Activation, input_scale: Tensor | None 
     return (codes if zero_point is None else codes - zero_point), scale
 
 
-def _float8_activation(x: Tensor, grid: Float8Activation) -> tuple[Tensor, Tensor]:
-    """See `quantize_activation`; x is fp32 [M, K], M > 0."""
+def float8_codes(x: Tensor, grid: Float8Activation) -> tuple[Tensor, Tensor]:
+    """Quantize the rows of x to float8, in fp32.
+
+    Args:
+        x: [M, K], floating point, M > 0.
+        grid: what shares a scale.
+
+    Returns:
+        codes, float8_e4m3fn [M, K] (a row with a NaN or an infinity has NaN there), and scale, fp32 [M, 1].
+    """
+    x = x.float()
     absmax = x.abs().amax(dim=1, keepdim=True)
-    if grid.granularity == "tensor":  # rows that are not finite break themselves, and no other
-        absmax = torch.where(absmax.isfinite(), absmax, 0).amax(dim=0, keepdim=True).expand_as(absmax)
+    if grid.granularity == "tensor":  # a row that is not finite breaks itself, and no other; its infinities would be clamped
+        finite = absmax.isfinite()
+        absmax = torch.where(finite, absmax, 0).amax(dim=0, keepdim=True).expand_as(absmax)
+        x = torch.where(finite, x, torch.nan)
     scale = float8_scale(absmax, grid.eps)
-    return float8_numbers(round_to_float8(x, scale)) + x * 0, scale  # what is not finite would be clamped, and hidden
+    return round_to_float8(x, scale), scale
 
 
 def float8_product(codes: Tensor, weight: QuantizedWeight) -> Tensor:

@@ -9,6 +9,7 @@ from llmq.ops.aten import AtenInt4PackCpu, AtenInt8Pack, AtenIntMm
 from llmq.ops.cpu import NATIVE_KERNELS
 from llmq.ops.cuda import CudaIntMm, Tinygemm
 from llmq.ops.dense import DenseUpcast, DequantGemm, TorchDense
+from llmq.ops.float8 import ScaledMm, TritonFloat8
 from llmq.ops.reference import Reference
 from llmq.ops.schema import Kernel
 
@@ -17,6 +18,8 @@ KERNELS: tuple[Kernel, ...] = (
     AtenIntMm(),
     CudaIntMm(),
     Tinygemm(),
+    ScaledMm(),
+    TritonFloat8(),
     AtenInt8Pack(),
     AtenInt4PackCpu(),
     DenseUpcast(),

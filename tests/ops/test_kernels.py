@@ -12,6 +12,7 @@ from op_cases import DTYPES, FORMATS, assert_kernel_close, case_of, make_weight,
 from llmq.numerics.weight import same_bits
 from llmq.ops.aten import AtenIntMm, int8_dynamic
 from llmq.ops.cuda import CudaIntMm
+from llmq.ops.float8 import ScaledMm
 from llmq.ops.schema import Case, Kernel, Support
 from llmq.ops.table import KERNELS
 
@@ -38,7 +39,16 @@ class PaddedIntMm(CudaIntMm):
         return self.fits(Case(case.format, case.n, case.k, case.dtype, "cuda"))
 
 
-UNDER_TEST: dict[str, Kernel] = {k.name: k for k in (*KERNELS, AnyCpuIntMm(), PaddedIntMm())}
+class CpuScaledMm(ScaledMm):
+    """`scaled-mm` on the CPU: torch multiplies float8 there too, in fp32, and slower than `dequant-gemm`."""
+
+    name = "scaled-mm on the CPU"
+
+    def supports(self, case: Case) -> Support:
+        return self.fits(Case(case.format, case.n, case.k, case.dtype, "cuda"))
+
+
+UNDER_TEST: dict[str, Kernel] = {k.name: k for k in (*KERNELS, AnyCpuIntMm(), PaddedIntMm(), CpuScaledMm())}
 PAIRS = [
     (kernel, format_name, dtype)
     for kernel in UNDER_TEST
@@ -169,4 +179,4 @@ def test_every_kernel_for_cpus_is_under_test():
     covered = {kernel for kernel, _, _ in PAIRS}
     for kernel in KERNELS:
         assert kernel.name in covered or not kernel.available().ok, kernel.name
-    assert {"reference", "torch-dense", "dequant-gemm", AnyCpuIntMm.name, PaddedIntMm.name} <= covered
+    assert {"reference", "torch-dense", "dequant-gemm", AnyCpuIntMm.name, PaddedIntMm.name, CpuScaledMm.name} <= covered
