@@ -94,9 +94,9 @@ def test_scoring_is_one_graph(make: Callable[[LlamaConfig], Llama], config: Llam
 
 def test_models_do_not_use_up_each_others_graphs(make: Callable[[LlamaConfig], Llama], config: LlamaConfig) -> None:
     """torch allows eight graphs of one function, and a model is a reason for another."""
-    for layers in (1, 2) * 6:
-        model = make(dataclasses.replace(config, num_layers=layers))
-        assert torch.allclose(CompiledLlama(model, backend="eager")(text(5)), model(text(5)), atol=TOLERANCE)
+    runners = [CompiledLlama(make(dataclasses.replace(config, num_layers=1)), backend="eager") for _ in range(10)]
+    for runner in runners:
+        assert torch.allclose(runner(text(5)), runner.model(text(5)), atol=TOLERANCE)
 
 
 def test_what_a_graph_runs_is_counted(make: Callable[[LlamaConfig], Llama], config: LlamaConfig) -> None:

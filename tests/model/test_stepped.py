@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from llmq.errors import KernelError, UsageError
 from llmq.model import cuda_graph
@@ -195,6 +196,21 @@ def test_a_recording_that_fails_is_a_sentence(model: Llama) -> None:
     cache = KVCache(model.config, 2, 40, torch.float32, "cpu")
     with pytest.raises(KernelError, match="cannot hold the decode step: operation not permitted when stream is capturing; use"):
         GraphLlama(model, Refuses())(text(1), cache, 0)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_a_step_asks_for_no_value(tiny_config: LlamaConfig, kv_dtype: torch.dtype) -> None:
+    """What Python wants to see cannot be recorded; tensors without values raise where one is asked for."""
+    config = dataclasses.replace(tiny_config, max_position_embeddings=600, sliding_window=6, sliding_layers=(1,))
+    with FakeTensorMode():
+        model = Llama(config).requires_grad_(False)
+        cache = KVCache(config, 2, 600, kv_dtype, "cpu")
+        tokens, unknown = torch.zeros(2, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        for start in (3, 200, unknown):
+            logits = GraphLlama(model, Again())(tokens, cache, start)
+            assert (logits.shape, logits.dtype) == ((2, 1, 61), torch.float32)
+        with pytest.raises(DataDependentOutputException):
+            model(tokens, cache, int(unknown))
 
 
 class FakeCuda:
