@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from llmq.api.keeping import JobKeeper
+from llmq.api.keeping import JobKeeper, Lent
+from llmq.calibration.activations import Spill
 from llmq.calibration.distill import Distilled, DistillSettings, distill
-from llmq.calibration.stages import InMemory
+from llmq.calibration.stages import InMemory, Keeper
+from llmq.checkpoint.load import assign
 from llmq.checkpoint.parts import PartwiseModel
 from llmq.checkpoint.store import stored_parameter
 from llmq.ops.tensor import QuantizedTensor
@@ -27,7 +28,7 @@ STAGE = "distilled"
 
 
 def distill_settings(
-    decisions: Sequence[Decision], *, seed: int, spill: Path | None = None, ranks: Ranks | None = None
+    decisions: Sequence[Decision], *, seed: int, spill: Spill = None, ranks: Ranks | None = None
 ) -> DistillSettings | None:
     """Return how a model is distilled: as the first scheme that asks for it says; None where none does."""
     for decision in decisions:
@@ -72,9 +73,8 @@ def distill_job(
     resident = JobKeeper(student, keeper.job, ranks=keeper.ranks, strict=False)
     for part in student.parts:
         resident.restore(part)  # mapped from the job's files: their pages leave memory when others need it
-    found = distill(
-        student.model, parts.model, tokens, settings=settings, keeper=InMemory(), original_keeper=keeper, progress=progress
-    )
+    own: Keeper = InMemory() if parts.device == student.device else Lent(student, parts.device)
+    found = distill(student.model, parts.model, tokens, settings=settings, keeper=own, original_keeper=keeper, progress=progress)
     _put(student.model, found)
     for part in student.parts:
         entry = keeper.entry(part)
@@ -100,7 +100,7 @@ def _put(model: nn.Module, found: Distilled) -> None:
     for fqn, weight in found.weights.items():
         linear = model.get_submodule(fqn)
         assert isinstance(linear.weight, QuantizedTensor)
-        linear.weight = quantized_parameter(weight, linear.weight.format, linear.weight.dtype)
+        here = weight.to(linear.weight.device)
+        linear.weight = quantized_parameter(here, linear.weight.format, linear.weight.dtype)
     for name, value in found.norms.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        assign(model, name, value.to(model.get_parameter(name).device))

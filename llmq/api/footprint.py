@@ -12,10 +12,11 @@ code does; whoever changes how many copies of a matrix there are changes them he
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import isqrt
+from typing import Literal
 
 import psutil
 import torch
@@ -29,6 +30,7 @@ from llmq.schemes.cover import Decision
 
 _FLOAT, _DOUBLE = torch.float32.itemsize, torch.float64.itemsize
 _BLOCKS = "model.layers."
+_STATES = "hidden states of the calibration windows"
 _READS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
 """Which linears of a block read the same input, in the order of their calls."""
 _ROUNDING_BYTES = 21
@@ -49,18 +51,22 @@ class Windows:
         tokens: of all windows; 0 where none are needed.
         length: of a window.
         itemsize: bytes of an element of the hidden states.
-        spilled: whether those are on disk.
+        place: where those are: with the model, in the host's memory, or on disk.
     """
 
     tokens: int
     length: int
     itemsize: int
-    spilled: bool
+    place: Literal["model", "host", "disk"]
 
     @property
     def batch(self) -> int:
         """Tokens that go through a block at once."""
         return min(self.tokens, max(1, BATCH_TOKENS // max(1, self.length)) * self.length)
+
+    def states(self, hidden_size: int, places: Collection[str]) -> int:
+        """Return the bytes of one set of hidden states, where they are in one of these places."""
+        return self.tokens * hidden_size * self.itemsize if self.place in places else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,35 +100,66 @@ class _Part:
         return _FLOAT * sum(kinds.values())
 
 
-def peak_parts(config: LlamaConfig, decisions: Sequence[Decision], windows: Windows, *, source_itemsize: int) -> dict[str, int]:
-    """Predict what the peak is made of.
+def peak_parts(
+    config: LlamaConfig, decisions: Sequence[Decision], windows: Windows, *, source_itemsize: int, on_device: bool = False
+) -> dict[str, int]:
+    """Predict what the peak of the host's memory is made of.
 
     Args:
         config: the model.
         decisions: what is to become of every parameter.
         windows: what it calibrates with.
         source_itemsize: bytes of an element of the weights as they are read.
+        on_device: blocks are quantized elsewhere, see `device_parts`: here they are only read and written.
 
     Returns:
         Bytes by what they are for; their sum is the peak.
     """
     # this process has loaded what a quantization loads, and takes as much before it reads a weight
     common = {"the program and its libraries": psutil.Process().memory_info().rss}
+    phases = [_opening(config, source_itemsize), _result(config, decisions, source_itemsize)]
+    if on_device:
+        read = {"a block as it is read": max(part.elements for part in _parts(decisions)) * source_itemsize}
+        phases += [held | read for held, _ in _walk(config, decisions, windows, source_itemsize, ("host",))]
+    else:
+        phases += [held | phase for held, phase in _walk(config, decisions, windows, source_itemsize, ("model", "host"))]
+    return common | _largest(phases)
+
+
+def device_parts(config: LlamaConfig, decisions: Sequence[Decision], windows: Windows, *, source_itemsize: int) -> dict[str, int]:
+    """Predict what the peak of a GPU's memory is made of, beside what its libraries take; see `peak_parts`."""
+    table = {"the embedding or the head as it is read": config.vocab_size * config.hidden_size * source_itemsize}
+    walk = [held | phase for held, phase in _walk(config, decisions, windows, source_itemsize, ("model",))]
+    streams = {what: nbytes for phase in walk for what, nbytes in phase.items() if what == _STATES}
+    return _largest([table | streams, *walk])
+
+
+def _largest(phases: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    largest = max(phases, key=lambda phase: sum(phase.values()))
+    return {what: nbytes for what, nbytes in largest.items() if nbytes}
+
+
+def _walk(
+    config: LlamaConfig, decisions: Sequence[Decision], windows: Windows, itemsize: int, places: Collection[str]
+) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """Yield, of every phase of Fisher factors and of the walk, what hidden states in these places take, and what the rest does."""
     parts = _parts(decisions)
     needs = Needs.NONE
     for part in parts:
         for linear in part.linears:
             needs |= linear.needs
-    states = windows.tokens * config.hidden_size * windows.itemsize * (0 if windows.spilled else 1)
-    phases = [_opening(config, source_itemsize), _result(config, decisions, source_itemsize)]
+    states = windows.states(config.hidden_size, places)
     if Needs.FISHER in needs:
-        phases += _fisher_phases(config, parts, windows, source_itemsize, states)
+        every = 1 if windows.place == "disk" else max(1, isqrt(config.num_layers))
+        kept = -(-config.num_layers // every) + every
+        held = {"hidden states and gradients of the calibration windows": (kept + 1) * states}
+        for phase in _fisher_phases(config, parts, windows, itemsize):
+            yield held, phase
     streams = 2 if needs & (Needs.UPSTREAM | Needs.TARGETS) else 1
-    held = {"hidden states of the calibration windows": streams * states} if states else {}
+    held = {_STATES: streams * states} if states else {}
     for part in parts:
-        phases += [held | phase for phase in _part_phases(config, part, windows, source_itemsize)]
-    largest = max(phases, key=lambda phase: sum(phase.values()))
-    return common | {what: nbytes for what, nbytes in largest.items() if nbytes}
+        for phase in _part_phases(config, part, windows, itemsize):
+            yield held, phase
 
 
 def _parts(decisions: Sequence[Decision]) -> list[_Part]:
@@ -218,20 +255,15 @@ def _rounding(linear: _Linear) -> int:
     return other + max(factorising, 2 * square + max(bytes_each * n * k, refitting))
 
 
-def _fisher_phases(
-    config: LlamaConfig, parts: Sequence[_Part], windows: Windows, itemsize: int, states: int
-) -> Iterator[dict[str, int]]:
-    """Of a block with its gradients, and of the head; hidden states are kept before some blocks only."""
-    every = 1 if windows.spilled else max(1, isqrt(config.num_layers))
-    kept = -(-config.num_layers // every) + every
-    held = {"hidden states and gradients of the calibration windows": (kept + 1) * states}
+def _fisher_phases(config: LlamaConfig, parts: Sequence[_Part], windows: Windows, itemsize: int) -> Iterator[dict[str, int]]:
+    """Of a block with its gradients, and of the head."""
     table = config.vocab_size * config.hidden_size
-    yield held | {"the head as it is read, and in fp32": table * (itemsize + _FLOAT), "logits": 4 * _FLOAT << 22}
+    yield {"the head as it is read, and in fp32": table * (itemsize + _FLOAT), "logits": 4 * _FLOAT << 22}
     width = 11 * config.hidden_size + 7 * config.intermediate_size
     for part in parts:
         needy = [linear for linear in part.linears if Needs.FISHER in linear.needs]
         if needy and not part.is_head:
-            yield held | {
+            yield {
                 "a block as it is read": part.elements * itemsize,
                 "the block in fp32": part.elements * _FLOAT,
                 "Fisher factors": _FLOAT * sum(linear.k**2 + linear.n**2 for linear in needy),

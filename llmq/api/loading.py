@@ -36,6 +36,8 @@ from llmq.schemes.apply import quantize_
 from llmq.schemes.overrides import Override
 from llmq.schemes.registry import ResolvedScheme
 
+DEVICES = ("cpu", "cuda")
+"""What a model may run and be quantized on; everything else follows the tensors, and knows no names."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -66,16 +68,21 @@ class Setup:
         """Set torch's thread count and seed; check the device and the dtypes."""
         kv_dtype(self.kv_cache, self.torch_dtype)  # refuses unknown ones before anything is loaded
         check_runtime(self.runtime)
-        if self.device not in ("cpu", "cuda"):
-            raise UsageError(f"unknown device {self.device!r}; allowed are cpu and cuda.")
+        if self.device not in DEVICES:
+            raise UsageError(f"unknown device {self.device!r}; allowed are {' and '.join(DEVICES)}.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("device cuda was asked for, but torch sees no CUDA device; use --device cpu (`llmq env` says more).")
         torch.set_num_threads(self.threads or default_threads())
         torch.manual_seed(self.seed)
 
+    @property
+    def device_name(self) -> str:
+        """The device, and which it is: other GPUs round sums otherwise."""
+        return f"cuda ({torch.cuda.get_device_name()})" if self.device == "cuda" else self.device
+
     def environment(self) -> Environment:
         """What a result record says of the machine."""
-        return capture(threads=torch.get_num_threads(), device=self.device)
+        return capture(threads=torch.get_num_threads(), device=self.device_name)
 
 
 @dataclass
@@ -190,12 +197,11 @@ def open_model(path: str, recipe: Recipe | None = None, setup: Setup | None = No
         )
     if checkpoint.manifest is None and recipe is None:
         recipe = Recipe(setup.dtype)
-    model = load_model(checkpoint, dtype=setup.torch_dtype, progress=progress)
+    model = load_model(checkpoint, dtype=setup.torch_dtype, device=setup.device, progress=progress)
     loaded = Loaded(checkpoint, model, None, setup, progress=progress)
     if recipe is not None:
         apply_recipe(loaded, recipe, progress=progress)
     loaded.size  # noqa: B018 - counted now, before kernels lay the weights out
-    loaded.model.to(setup.device)
     loaded.choices = lay_out(loaded.model, setup.kernel, setup.device, progress)
     if loaded.runtime.fell_back:
         progress.note(loaded.runtime.note)
@@ -221,7 +227,7 @@ def apply_recipe(loaded: Loaded, recipe: Recipe, *, progress: Progress = SILENT)
         covered, loaded.reports = quantize_sequential(loaded.model, resolved, calibration, progress=progress, **how)
         distilling = distill_settings(settled.decisions, seed=loaded.setup.seed)
         if distilling is not None:
-            original = load_model(loaded.checkpoint, dtype=loaded.setup.torch_dtype)
+            original = load_model(loaded.checkpoint, dtype=loaded.setup.torch_dtype, device=loaded.setup.device)
             loaded.distillation = distill_model(loaded.model, original, calibration.tokens, distilling, progress=progress)
     else:
         covered = quantize_(loaded.model, resolved, dtype=loaded.setup.torch_dtype, **how)

@@ -10,6 +10,7 @@ from llmq.api.distilling import distill_job, distill_settings
 from llmq.api.keeping import JobKeeper
 from llmq.api.loading import Loaded
 from llmq.api.recipes import Settled
+from llmq.calibration.activations import Spill
 from llmq.calibration.factors import FactorFiles, gather_factors
 from llmq.calibration.fisher import FisherSettings
 from llmq.calibration.sequential import Walk, WalkSettings
@@ -19,7 +20,7 @@ from llmq.ranks import Ranks
 
 
 def run_phases(
-    settled: Settled, loaded: Loaded, keeper: JobKeeper, *, activations: str, spill: Path | None, progress: Progress
+    settled: Settled, loaded: Loaded, keeper: JobKeeper, *, activations: str, spill: Spill, progress: Progress
 ) -> list[LayerReport]:
     """Run every phase that the schemes ask for and that no earlier run has finished.
 

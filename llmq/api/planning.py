@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from llmq.api.calibrating import DEFAULT_WINDOWS, context_window
-from llmq.api.footprint import Windows, peak_parts
+from llmq.api.footprint import Windows, device_parts, peak_parts
 from llmq.api.loading import Setup
 from llmq.api.recipes import Recipe, settle
 from llmq.api.timing import Timing, measure_time
-from llmq.calibration.activations import activation_dtype
+from llmq.calibration.activations import HOST, Spill, activation_dtype
 from llmq.checkpoint import open_checkpoint
 from llmq.errors import UsageError
 from llmq.model.kv_cache import kv_bytes_per_token, kv_name
@@ -35,6 +34,8 @@ class Plan:
     peak_bytes: int
     peak_parts: dict[str, int]
     """What `peak_bytes` is the sum of."""
+    device_parts: dict[str, int] | None
+    """The same of the GPU's memory; None where none is used."""
     timing: Timing | None
     """None where nothing was measured."""
     context_tokens: int
@@ -43,7 +44,17 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        own = ("model", "scheme", "options", "source_bytes", "peak_bytes", "peak_parts", "context_tokens", "kv_bytes_per_token")
+        own = (
+            "model",
+            "scheme",
+            "options",
+            "source_bytes",
+            "peak_bytes",
+            "peak_parts",
+            "device_parts",
+            "context_tokens",
+            "kv_bytes_per_token",
+        )
         totals = {"total_bytes": self.coverage.nbytes, "bits_per_weight": self.coverage.bits_per_weight}
         timing = asdict(self.timing) | {"total": self.timing.total} if self.timing is not None else None
         own_values = {name: getattr(self, name) for name in own}
@@ -56,7 +67,7 @@ def plan_quantization(
     setup: Setup,
     *,
     activations: str = "bf16",
-    spill: Path | None = None,
+    spill: Spill = None,
     measure: bool = False,
     progress: Progress = SILENT,
 ) -> Plan:
@@ -91,8 +102,10 @@ def plan_quantization(
     if settled.needs_calibration:
         source = recipe.calibration
         count, length = source.windows or DEFAULT_WINDOWS, source.length or context_window(checkpoint.config)
-    windows = Windows(count * length, length, activation_dtype(activations).itemsize, spill is not None)
-    parts = peak_parts(checkpoint.config, settled.decisions, windows, source_itemsize=dtype.itemsize)
+    place: Literal["model", "host", "disk"] = "model" if spill is None else "host" if spill == HOST else "disk"
+    windows = Windows(count * length, length, activation_dtype(activations).itemsize, place)
+    held, on_device = (checkpoint.config, settled.decisions, windows), setup.device != "cpu"
+    parts = peak_parts(*held, source_itemsize=dtype.itemsize, on_device=on_device)
     timing = None
     if measure:
         timing = measure_time(checkpoint, recipe, setup, activations=activations, spill=spill, progress=progress)
@@ -104,6 +117,7 @@ def plan_quantization(
         source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         peak_bytes=sum(parts.values()),
         peak_parts=parts,
+        device_parts=device_parts(*held, source_itemsize=dtype.itemsize) if on_device else None,
         timing=timing,
         context_tokens=checkpoint.config.max_position_embeddings,
         kv_bytes_per_token={kv_name(each): kv_bytes_per_token(checkpoint.config, each) for each in (dtype, torch.int8)},

@@ -19,6 +19,7 @@ from llmq.api.keeping import JobKeeper
 from llmq.api.loading import Loaded, Setup
 from llmq.api.phases import run_phases
 from llmq.api.recipes import Recipe, Settled, settle
+from llmq.calibration.activations import Spill
 from llmq.calibration.recorder import CalibrationSet
 from llmq.checkpoint import Manifest, load_model, open_checkpoint
 from llmq.checkpoint.job import Job
@@ -26,7 +27,7 @@ from llmq.checkpoint.parts import PartwiseModel
 from llmq.checkpoint.rotated import RotatedModel, rotation_json, rotation_of, settle_rotation
 from llmq.checkpoint.source import Checkpoint
 from llmq.errors import Interrupted, TextError, UsageError
-from llmq.numerics.grid import IntGrid, format_from_json
+from llmq.numerics.grid import format_from_json
 from llmq.numerics.weight import float_grid
 from llmq.progress import SILENT, Progress
 from llmq.ranks import Ranks, join_ranks
@@ -47,14 +48,14 @@ class Running:
         restart: throw away what an earlier, unfinished run has left.
         strict: end with an error where something falls back or the calibration text overlaps the evaluation text.
         activations: dtype of hidden states between blocks, 'bf16' or 'fp32'.
-        spill: keep them on the disk of this folder; None: in memory.
+        spill: where they lie, see `calibration.activations`.
     """
 
     force: bool = False
     restart: bool = False
     strict: bool = False
     activations: str = "bf16"
-    spill: Path | None = None
+    spill: Spill = None
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ def _parts(checkpoint: Checkpoint, recipe: Recipe, setup: Setup) -> PartwiseMode
     kind = settle_rotation(recipe.rotate, checkpoint.config, recipe.resolve())
     rotation = rotation_of(kind, checkpoint.config, setup.seed)
     if rotation is None:
-        return PartwiseModel(checkpoint, setup.torch_dtype)
-    return RotatedModel(checkpoint, setup.torch_dtype, rotation)
+        return PartwiseModel(checkpoint, setup.torch_dtype, setup.device)
+    return RotatedModel(checkpoint, setup.torch_dtype, rotation, setup.device)
 
 
 def _calibration(
@@ -172,6 +173,7 @@ def _manifest(loaded: Loaded, recipe: Recipe, settled: Settled, check: OverlapCh
         rotation=rotation_json(settled.rotate, loaded.setup.seed),
         seed=loaded.setup.seed,
         threads=torch.get_num_threads(),
+        device=loaded.setup.device_name,
         versions={"llmq": __version__} | {name: packages[name] for name in _VERSIONED},
         dtype=float_grid(loaded.setup.torch_dtype).dtype,
     )
@@ -179,7 +181,7 @@ def _manifest(loaded: Loaded, recipe: Recipe, settled: Settled, check: OverlapCh
 
 def _identity(manifest: Manifest, recipe: Recipe, seen: CalibrationSet | None, how: Running, ranks: Ranks) -> dict[str, Any]:
     """Return everything that the bytes of the result depend on."""
-    described = {"scheme", "options", "overrides", "rotation", "tokenizer_sha256", "seed", "threads"}
+    described = {"scheme", "options", "overrides", "rotation", "tokenizer_sha256", "seed", "threads", "device"}
     known = manifest.model_dump(mode="json", include=described)
     calibration = {key: value for key, value in (manifest.calibration or {}).items() if key != "overlap"}
     return {
@@ -207,7 +209,7 @@ def _finish(job: Job, keeper: JobKeeper, manifest: Manifest, reports: list[Layer
         formats |= entry["formats"]
         manifest = manifest.model_copy(update={"distillation": entry.get("distillation")})
     config = keeper.parts.checkpoint.config
-    if config.tie_word_embeddings and isinstance(format_from_json(formats["lm_head"]).weight, IntGrid):
+    if config.tie_word_embeddings and format_from_json(formats["lm_head"]).quantized:
         config = replace(config, tie_word_embeddings=False)  # the head was quantized, and is no longer the embedding
     complete = manifest.model_copy(
         update={

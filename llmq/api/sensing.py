@@ -21,7 +21,6 @@ from llmq.calibration.sensitivity_file import SensitivityTable
 from llmq.checkpoint import Checkpoint, load_model, load_tokenizer_for, open_checkpoint
 from llmq.errors import UsageError, suggest
 from llmq.model.llama import Llama
-from llmq.numerics.grid import IntGrid
 from llmq.progress import SILENT, Progress
 from llmq.schemes.base import ResolvedScheme
 from llmq.schemes.overrides import Override
@@ -58,8 +57,8 @@ class SensitivityRequest:
             return default_candidates(base)
         found = tuple(Override.parse(f"*={text}").resolve() for text in self.candidates)
         for text, candidate in zip(self.candidates, found, strict=True):
-            if not isinstance(candidate.format.weight, IntGrid):
-                raise UsageError(f"candidate {text} has no integer grid; leave linears unquantized with --skip.")
+            if not candidate.format.quantized:
+                raise UsageError(f"candidate {text} quantizes nothing; leave linears unquantized with --skip.")
             if found.count(candidate) > 1:
                 raise UsageError(f"candidate {text} is named twice; name it once.")
         return found
@@ -120,7 +119,7 @@ def measure_sensitivity(
             f"{len(calibration.tokens)} calibration windows are too few to keep {held_out} of them back; ask for more windows."
         )
     tokens = calibration.tokens[:kept]
-    model = load_model(checkpoint, dtype=torch.float32, progress=progress)
+    model = load_model(checkpoint, dtype=torch.float32, device=setup.device, progress=progress)
     with TemporaryDirectory() as folder:
         factors = FactorFiles(Path(folder))
         question = SensitivityQuestion(candidates, method, factors, frozenset(linear_fqns(model)) - own)
@@ -187,7 +186,7 @@ def own_linears(settled: Settled) -> set[str]:
         for decision in settled.decisions
         if decision.scheme is not None
         and decision.format is not None
-        and isinstance(decision.format.weight, IntGrid)
+        and decision.format.quantized
         and decision.fqn not in settled.overrides
     }
 

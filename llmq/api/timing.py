@@ -14,6 +14,7 @@ from llmq.api.keeping import JobKeeper
 from llmq.api.loading import Loaded, Setup
 from llmq.api.phases import run_phases
 from llmq.api.recipes import Recipe, settle
+from llmq.calibration.activations import Spill
 from llmq.checkpoint import Checkpoint
 from llmq.checkpoint.job import Job
 from llmq.checkpoint.parts import PartwiseModel
@@ -47,7 +48,7 @@ def measure_time(
     setup: Setup,
     *,
     activations: str = "bf16",
-    spill: Path | None = None,
+    spill: Spill = None,
     progress: Progress = SILENT,
 ) -> Timing:
     """Quantize the model's first block in a temporary folder, with all calibration windows, and extrapolate.
@@ -73,7 +74,7 @@ def measure_time(
     seconds = []
     with TemporaryDirectory() as folder:
         for blocks in (0, 1):
-            parts = PartwiseModel(checkpoint, setup.torch_dtype)
+            parts = PartwiseModel(checkpoint, setup.torch_dtype, setup.device)
             settled = settle(recipe, parts.model, setup.torch_dtype)
             del parts.model.model.layers[blocks:]
             there = {id(module) for module in parts.model.modules() if isinstance(module, nn.Linear)}

@@ -18,9 +18,7 @@ def embedded(model: BlockModel, tokens: Tensor) -> Tensor:
     return model.embed(tokens.long().to(device))
 
 
-def embed_windows(
-    model: BlockModel, tokens: Tensor, dtype: torch.dtype, *, spill: Spill = None
-) -> tuple[Activations, Any]:
+def embed_windows(model: BlockModel, tokens: Tensor, dtype: torch.dtype, *, spill: Spill = None) -> tuple[Activations, Any]:
     """Return the hidden states before the first block, and what blocks need besides them in fp32.
 
     Args:

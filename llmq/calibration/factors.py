@@ -124,7 +124,7 @@ def gather_factors(
         calibration: token windows.
         factors: where they go.
         keeper: who has the model's parameters.
-        settings: how; the rounds are the schemes' own, and without `spill` only some hidden states are kept.
+        settings: how; the rounds are the schemes' own, and only on a disk all hidden states are kept.
         progress: see `fisher_factors`.
 
     Returns:
@@ -139,7 +139,7 @@ def gather_factors(
         own = replace(
             settings,
             rounds=max(decision.scheme.fisher_rounds for decision in needy if decision.scheme is not None),
-            every=1 if settings.spill is not None else max(1, isqrt(blocks)),
+            every=1 if isinstance(settings.spill, Path) else max(1, isqrt(blocks)),
         )
         fqns = [decision.fqn for decision in needy]
         fisher_factors(model, calibration.tokens, fqns, factors.write, settings=own, keeper=keeper, progress=progress)

@@ -121,9 +121,9 @@ class _Backward:
         gradients = Activations((n, length, hidden), dtype, spill=self.settings.spill, device=device)
         window = share.start
         for h, out in zip(states.batches, gradients.batches, strict=True):
-            uniforms = torch.cat([window_uniforms(self.settings.seed, window + i, length) for i in range(len(h))])
+            drawn = torch.cat([window_uniforms(self.settings.seed, window + i, length) for i in range(len(h))]).to(device)
 
-            def loss(logits: Tensor, rows: slice, uniforms: Tensor = uniforms.to(device)) -> Tensor:
+            def loss(logits: Tensor, rows: slice, uniforms: Tensor = drawn) -> Tensor:
                 labels = sample_labels(logits.detach(), uniforms[rows])
                 return F.cross_entropy(logits, labels, reduction="sum")
 

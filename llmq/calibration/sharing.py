@@ -81,7 +81,9 @@ def quantize_linears(
             device = linears[name].weight.device
             data, seconds, has_input_scale = told[owners[name]][name]
             reports[name] = LayerReport.from_json(data, seconds=seconds)
-            weight = weights[name] if owners[name] == ranks.rank else _room(targets[name], device, has_input_scale=has_input_scale)
+            weight = (
+                weights[name] if owners[name] == ranks.rank else _room(targets[name], device, has_input_scale=has_input_scale)
+            )
             for tensor in weight.tensors:
                 ranks.tensor_from(tensor.view(-1).view(torch.uint8), owners[name])
             weights[name] = weight

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from llmq.algorithms.distillation import TrainedGrid, TrainedVector
 from llmq.calibration.activations import BATCH_TOKENS
-from llmq.calibration.embedded import embedded
 from llmq.calibration.backward import FloatHead, backward_through_head, float_values
+from llmq.calibration.embedded import embedded
 from llmq.calibration.stages import EMBEDDING, HEAD, BlockModel, Keeper, Stage, stages_of
 from llmq.numerics.grid import IntGrid
 from llmq.numerics.weight import QuantizedWeight

@@ -108,7 +108,7 @@ class ParameterReader:
         tensor = stored.to(self._device, self._dtype).contiguous()
         if self._check_finite:
             refuse_not_finite(name, self._checkpoint.tensors[name].file, stored, cast=tensor)
-        self._count(name, shared=tensor.data_ptr() == stored.data_ptr() and stored.device == tensor.device)
+        self._count(name, shared=stored.device == tensor.device and tensor.data_ptr() == stored.data_ptr())
         return tensor
 
     def quantized(self, name: str, shape: tuple[int, ...], form: LinearFormat) -> QuantizedTensor:

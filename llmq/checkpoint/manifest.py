@@ -47,6 +47,7 @@ class Manifest(BaseModel):
     tokenizer_sha256: str | None = None
     seed: int | None = None
     threads: int | None = None
+    device: str | None = Field(None, description="what it was quantized on: cpu, or cuda and the name of the GPU")
     versions: dict[str, str] = Field(default_factory=dict, description="package -> version")
     skipped: dict[str, str] = Field(default_factory=dict, description="linear that was not quantized -> why")
     layers: list[dict[str, Any]] = Field(default_factory=list, description="a report for each quantized linear")

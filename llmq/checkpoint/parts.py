@@ -1,6 +1,7 @@
 """A model of which only some parts are in memory: its embedding, one block, its head.
 
-Parameters of the other parts are on the meta device. What is opened is mapped, checked and cast as `load_model` does.
+Parameters of the other parts are on the meta device. What is opened is mapped, checked and cast as `load_model` does, and moved
+to the device that computes.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ class PartwiseModel:
     Attributes:
         checkpoint: not one of llmq's artefacts.
         model: the Llama; parameters of parts that are not open are on the meta device, in the compute dtype.
+        device: where parts are when they are open.
         parts: names of the parameters of each part, in the model's order.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
         dtype = dtype or default_dtype(checkpoint)
         float_grid(dtype)  # refuses other dtypes
-        self.checkpoint = checkpoint
+        self.checkpoint, self.device = checkpoint, torch.device(device)
         self.model = empty_model(checkpoint.config).to(dtype).eval()
         if checkpoint.config.tie_word_embeddings:
             self.model.tie_weights()
@@ -41,7 +43,7 @@ class PartwiseModel:
         for name in parameter_shapes(checkpoint.config):
             self.parts.setdefault(part_of(name), []).append(name)
         check_tied(checkpoint)
-        self._reader = ParameterReader(checkpoint, dtype, torch.device("cpu"), check_finite=True)
+        self._reader = ParameterReader(checkpoint, dtype, self.device, check_finite=True)
         self._empty: Mapping[str, nn.Parameter] = dict(self.model.named_parameters(remove_duplicate=False))
 
     def open(self, part: str) -> None:
@@ -56,8 +58,8 @@ class PartwiseModel:
             assign(self.model, HEAD_WEIGHT, self._reader.plain(EMBEDDING_WEIGHT))
 
     def put(self, name: str, value: Tensor) -> None:
-        """Give a parameter another value, which may be a `QuantizedTensor`."""
-        assign(self.model, name, value)
+        """Give a parameter another value, which may be a `QuantizedTensor`; it goes where the open parts are."""
+        assign(self.model, name, value.to(self.device))
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape of a parameter, whatever its value is now."""

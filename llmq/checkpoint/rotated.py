@@ -32,8 +32,10 @@ _NORM = "model.norm.weight"
 class RotatedModel(PartwiseModel):
     """An original checkpoint, a part at a time, each part rotated when it is opened, and rounded to the compute dtype again."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None, rotation: Rotation) -> None:
-        super().__init__(checkpoint, dtype)
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype | None, rotation: Rotation, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(checkpoint, dtype, device)
         self._rotation = rotation
 
     def open(self, part: str) -> None:

@@ -93,6 +93,7 @@ def sensitivity(
     calibration_length: o.CalibrationLength = None,
     column: o.CalibrationColumn = "text",
     chat_template: o.ChatTemplate = None,
+    device: o.Device = "cpu",
     threads: o.Threads = None,
     seed: o.Seed = 0,
     force: o.Force = False,
@@ -110,7 +111,7 @@ def sensitivity(
     assert recipe is not None
     request = SensitivityRequest(tuple(candidate or ()), method, held_out)
     with render.reporting() as progress:
-        table = measure_sensitivity(model, recipe, o.setup("cpu", "fp32", threads, None, seed), request, progress=progress)
+        table = measure_sensitivity(model, recipe, o.setup(device, "fp32", threads, None, seed), request, progress=progress)
     table.save(out, force=force)
     render.sensitivities(table, out)
 

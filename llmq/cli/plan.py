@@ -36,6 +36,7 @@ def plan(
     activations: o.Activations = "bf16",
     spill: o.Spill = None,
     dtype: o.Dtype = "bf16",
+    device: o.Device = "cpu",
     threads: o.Threads = None,
     seed: o.Seed = 0,
     json: o.Json = False,
@@ -50,9 +51,9 @@ def plan(
     source = o.calibration_source(calibration, calibration_windows, calibration_length)
     recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head, overrides=override)
     assert recipe is not None
-    setup = o.setup("cpu", dtype, threads, None, seed)
+    setup = o.setup(device, dtype, threads, None, seed)
     with render.reporting(quiet=json) as progress:
         planned = plan_quantization(
-            model, recipe, setup, activations=activations, spill=spill, measure=measure, progress=progress
+            model, recipe, setup, activations=activations, spill=o.spill(spill), measure=measure, progress=progress
         )
     render.plan(planned, json=json)

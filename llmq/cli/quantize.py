@@ -57,6 +57,7 @@ def quantize(
     activations: o.Activations = "bf16",
     spill: o.Spill = None,
     dtype: o.Dtype = "bf16",
+    device: o.Device = "cpu",
     threads: o.Threads = None,
     seed: o.Seed = 0,
     force: o.Force = False,
@@ -78,7 +79,8 @@ def quantize(
     recipe = o.recipe(scheme, option, skip, source, skip_unfit=skip_unfit, lm_head=lm_head, overrides=override)
     assert recipe is not None
     recipe = replace(recipe, rotate=rotate)
-    setup = o.setup("cpu", dtype, threads, None, seed, several=not dry_run)
+    setup = o.setup(device, dtype, threads, None, seed, several=not dry_run)
+    where = o.spill(spill)
     target = mixing.target_of(target_bpw, target_size, sensitivity, candidate)
     if target is not None:
         if rotate not in ("auto", "none"):
@@ -90,12 +92,12 @@ def quantize(
         if processes.speaks() and not json:
             render.mixture(mixture)
     if dry_run:
-        render.plan(plan_quantization(model, recipe, setup, activations=activations, spill=spill), json=json)
+        render.plan(plan_quantization(model, recipe, setup, activations=activations, spill=where), json=json)
         return
     if out is None:
         raise UsageError("nowhere to write to: name a folder with --out, or ask for the plan with --dry-run.")
     with processes.shared(), render.reporting(quiet=json or not processes.speaks()) as progress:
-        how = Running(force=force, restart=restart, strict=strict, activations=activations, spill=spill)
+        how = Running(force=force, restart=restart, strict=strict, activations=activations, spill=where)
         result = quantize_checkpoint(model, recipe, setup, out, how=how, progress=progress)
     if result is None:  # another process of several prints and records
         return

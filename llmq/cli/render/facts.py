@@ -129,13 +129,13 @@ def plan(planned: Plan, *, json: bool) -> None:
         print_json(planned.to_json())
         return
     coverage(planned.coverage)
-    show(
-        grid(
-            [("what", "left"), ("peak memory", "right")],
-            [[what, size(nbytes)] for what, nbytes in [*planned.peak_parts.items(), ("together, about", planned.peak_bytes)]],
-        ),
-        title="Memory while quantizing",
-    )
+    for title, parts in (("Memory while quantizing", planned.peak_parts), ("Memory of the GPU", planned.device_parts)):
+        rows = [[what, size(nbytes)] for what, nbytes in (parts or {}).items()]
+        if parts is not None:
+            show(
+                grid([("what", "left"), ("peak memory", "right")], [*rows, ["together, about", size(sum(parts.values()))]]),
+                title=title,
+            )
     bits = planned.coverage.bits_per_weight
     options = ", ".join(f"{key} {value}" for key, value in planned.options.items())
     stdout().print(
