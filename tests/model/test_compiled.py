@@ -94,8 +94,9 @@ def test_scoring_is_one_graph(make: Callable[[LlamaConfig], Llama], config: Llam
 
 def test_models_do_not_use_up_each_others_graphs(make: Callable[[LlamaConfig], Llama], config: LlamaConfig) -> None:
     """torch allows eight graphs of one function, and a model is a reason for another."""
-    runners = [CompiledLlama(make(dataclasses.replace(config, num_layers=1)), backend="eager") for _ in range(10)]
-    for runner in runners:
+    sizes = range(16, 26)
+    models = [make(dataclasses.replace(config, num_layers=1, intermediate_size=size)) for size in sizes]
+    for runner in [CompiledLlama(model, backend="eager") for model in models]:
         assert torch.allclose(runner(text(5)), runner.model(text(5)), atol=TOLERANCE)
 
 
