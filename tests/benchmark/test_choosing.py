@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from replaying import Again, Refuses
 from torch import Tensor
 
 from llmq.benchmark import choosing, contender
@@ -13,7 +12,6 @@ from llmq.benchmark.choosing import KernelTimer
 from llmq.benchmark.contender import Contender
 from llmq.benchmark.kernels import random_weight
 from llmq.benchmark.timing import TimingPlan
-from llmq.model.cuda_graph import Recording
 from llmq.numerics.grid import IntGrid, LinearFormat
 from llmq.ops.choices import ROWS
 from llmq.ops.dense import DequantGemm
@@ -66,38 +64,20 @@ def test_weights_are_cold() -> None:
     assert seen[:4] == seen[4:]
 
 
-class Recorder:
-    """Stands for CUDA graphs."""
-
-    def __init__(self) -> None:
-        self.replays = 0
-
-    def record(self, step: Callable[[], Tensor]) -> Recording:
-        def replay() -> None:
-            self.replays += 1
-            step()
-
-        return Recording(replay, step())
-
-
 def test_on_a_gpu_many_calls_are_one_recording() -> None:
-    recorder = Recorder()
+    recorder = Again()
     timer = KernelTimer(capture=lambda device: recorder)
     contending = Contender(DequantGemm(), random_weight(CASE, torch.Generator().manual_seed(0)).tensors)
     x = torch.zeros(1, 128, dtype=torch.bfloat16)
     call, products = timer._prepare(contending, x, Case(CASE.format, 64, 128, torch.bfloat16, "cuda"))
     assert products == 8
     call()
-    assert recorder.replays == 1
+    assert recorder.replayed == 1
     assert timer._prepare(contending, x, CASE)[1] == 1
-    assert recorder.replays == 1
+    assert recorder.replayed == 1
 
 
 def test_what_cannot_be_recorded_is_timed_as_it_runs() -> None:
-    class Refuses:
-        def record(self, step: Callable[[], Tensor]) -> Recording:
-            raise RuntimeError("operation not permitted when stream is capturing")
-
     timer = KernelTimer(capture=lambda device: Refuses())
     contending = Contender(kernel_named("reference"), random_weight(CASE, torch.Generator().manual_seed(0)).tensors)
     case = Case(CASE.format, 64, 128, torch.bfloat16, "cuda")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from replaying import Again
 from torch import Tensor, nn
 
 from llmq.benchmark import decode
@@ -18,7 +19,7 @@ from llmq.benchmark.traffic import traffic_of_model
 from llmq.errors import UsageError
 from llmq.model.compiled import CompiledLlama
 from llmq.model.config import LlamaConfig
-from llmq.model.cuda_graph import GraphLlama, Recording
+from llmq.model.cuda_graph import GraphLlama
 from llmq.model.generate import generate
 from llmq.model.kv_cache import KVCache
 from llmq.model.llama import Llama
@@ -262,18 +263,6 @@ def test_what_is_compiled_before_anything_counts(model: Llama) -> None:
     assert step.kernels == first.kernels == {"reference": 15}
     assert step.step_bytes.kv == traffic_of_model(model).kv_nbytes(1, 12)  # all of the cache: it is short
     assert [record.protocol.params["compile"] for record in report.records(SUBJECT, capture(threads=1))] == [True, True]
-
-
-class Again:
-    """Stands for a CUDA graph: its replay runs the recorded call anew."""
-
-    def record(self, step: Callable[[], Tensor]) -> Recording:
-        output = step()
-
-        def replay() -> None:
-            output.copy_(step())
-
-        return Recording(replay, output)
 
 
 def test_recorded_steps_choose_the_same_tokens(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from replaying import Again, Refuses
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from llmq.errors import KernelError, UsageError
 from llmq.model import cuda_graph
 from llmq.model.config import LlamaConfig
-from llmq.model.cuda_graph import CudaCapture, GraphLlama, Recording
+from llmq.model.cuda_graph import CudaCapture, GraphLlama
 from llmq.model.generate import generate
 from llmq.model.kv_cache import KVCache
 from llmq.model.llama import Llama
@@ -35,30 +36,6 @@ TOLERANCE = 2e-5
 """Absolute, of logits between -3 and 3: attention sums over masked positions too, in another order."""
 BF16_TOLERANCE = 0.01
 """The same where attention computes in bfloat16 and rounds its sums."""
-
-
-class Again:
-    """Replays by running the recorded call once more into the recorded output."""
-
-    def __init__(self) -> None:
-        self.recorded = 0
-
-    def record(self, step: Callable[[], Tensor]) -> Recording:
-        self.recorded += 1
-        step()  # warm-up
-        output = step()
-
-        def replay() -> None:
-            output.copy_(step())
-
-        return Recording(replay, output)
-
-
-class Refuses:
-    """A device that cannot record."""
-
-    def record(self, step: Callable[[], Tensor]) -> Recording:
-        raise RuntimeError("operation not permitted when stream is capturing\nlong story")
 
 
 @pytest.fixture
