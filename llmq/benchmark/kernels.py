@@ -29,7 +29,7 @@ from llmq.model.config import LlamaConfig
 from llmq.numerics.float8 import NAN_CODE
 from llmq.numerics.grid import ActivationGrid, Float8Grid, FloatGrid, IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight, torch_dtype
-from llmq.ops.check import exact_linear, worst_element
+from llmq.ops.check import exact_for, worst_element
 from llmq.ops.schema import Case
 from llmq.ops.select import candidates, prepare
 from llmq.ops.table import REFERENCE
@@ -44,7 +44,16 @@ _THROUGH_FP32 = frozenset({REFERENCE, "dequant-gemm"})
 """Kernels that multiply int8 codes as fp32 numbers: what they reach is not a peak of integer arithmetic."""
 
 INTEGER_KERNELS = frozenset(
-    {"native-int8-dynamic", "native-int8-dynamic-int4", "native-int8", "native-int4", "aten-int-mm", "cuda-int-mm"}
+    {
+        "native-int8-dynamic",
+        "native-int8-dynamic-int4",
+        "native-int8",
+        "native-int4",
+        "aten-int-mm",
+        "triton-int8-dynamic",
+        "triton-int8-dynamic-int4",
+        "cuda-int-mm",
+    }
 )
 """Kernels that multiply integers: their wall is the peak of int8 products, that of the others the peak of fp32 products."""
 
@@ -269,8 +278,8 @@ def _failures(contenders: Mapping[str, Contender], x: Tensor, weight: QuantizedW
     failures: dict[str, str] = {}
     for start in range(0, case.n, _CHECKED_ROWS):
         stop = min(start + _CHECKED_ROWS, case.n)
-        exact = exact_linear(x, weight.rows(start, stop), None, on_cpu)
         for name, y in got.items():
+            exact = exact_for(contenders[name].kernel, x, weight.rows(start, stop), None, on_cpu)
             wrong = worst_element(y[:, start:stop], exact)
             if wrong and name not in failures:
                 failures[name] = wrong if start == 0 else f"in outputs {start} to {stop - 1}, {wrong}"

@@ -12,11 +12,14 @@ from llmq.ops.dense import DenseUpcast, DequantGemm, TorchDense
 from llmq.ops.float8 import ScaledMm, TritonFloat8
 from llmq.ops.reference import Reference
 from llmq.ops.schema import Kernel
+from llmq.ops.triton_int8 import TritonInt8Dynamic, TritonInt8DynamicInt4
 from llmq.ops.triton_weight_only import TritonInt4, TritonInt8
 
 KERNELS: tuple[Kernel, ...] = (
     *NATIVE_KERNELS,
     AtenIntMm(),
+    TritonInt8Dynamic(),
+    TritonInt8DynamicInt4(),
     CudaIntMm(),
     TritonInt8(),
     TritonInt4(),
