@@ -22,12 +22,16 @@ from torch import Tensor
 
 from llmq.algorithms.columns import ColumnGrid
 from llmq.algorithms.metric import Metric
+from llmq.algorithms.products import narrowed, product
 from llmq.algorithms.refit import Scales
 from llmq.algorithms.rtn import numbers_of
 from llmq.numerics.grid import IntGrid
 
 BLOCK = 128
 """Columns whose gradient is formed at once."""
+
+PANEL = 16
+"""Columns whose changes reach the others of a block together."""
 
 ROUNDS = 4
 """How often a column is asked again where its entries are coupled."""
@@ -57,8 +61,13 @@ def sweep(
     for start in range(0, k, BLOCK):
         state.block(start, min(start + BLOCK, k))
     found = torch.empty_like(codes)
-    found[:, order] = state.codes.t().to(codes.dtype)
+    found[:, order] = state.codes.to(codes.dtype).t()
     return found, int((found != codes).sum())
+
+
+def _ordered(matrix: Tensor, order: Tensor) -> Tensor:
+    """Return the columns of a matrix [N, K] in this order, as rows [K, N]."""
+    return matrix.index_select(1, order).t().contiguous()
 
 
 class _State:
@@ -69,40 +78,44 @@ class _State:
         scale, zero_point = scales
         self.group = (order // (target.shape[1] // scale.shape[1])).tolist()
         self.grids = ColumnGrid(grid, scale, zero_point, dtype)
-        self.numbers = numbers_of(codes, grid, scale, zero_point, dtype).t()[order]
-        self.codes = codes.t()[order].to(dtype)
+        self.numbers = _ordered(numbers_of(codes, grid, scale, zero_point, dtype), order)
+        self.codes = _ordered(codes, order).to(dtype)
         self.order, self.inputs = order, metric.inputs
         self.outputs = None if metric.outputs is None else metric.outputs.to(dtype).contiguous()
-        error = target.t()[order].sub_(self.numbers)
+        error = _ordered(target, order).sub_(self.numbers)
         # E^T without H_O, (H_O E)^T with it: what has only to be multiplied by H_I to be the gradient
         self.error = error if self.outputs is None else error @ self.outputs
+        self.narrow = narrowed(self.error, len(order))  # what `product` takes of it; kept up with it
 
     def block(self, start: int, stop: int) -> None:
         """Visit the columns from `start` to `stop`."""
         # a block's rows of H_I in this order, so that no other copy of it is needed
         rows = self.inputs.index_select(0, self.order[start:stop]).to(self.error.dtype).index_select(1, self.order)
-        gradient = rows @ self.error  # [block, N]
+        gradient = product(rows, self.narrow)  # [block, N]
         moves = torch.zeros_like(gradient)  # by how much H_O times a column's numbers changed
         own = rows[:, start:stop].contiguous()
         curvatures = own.diagonal().tolist()
-        for inside, curvature in enumerate(curvatures):
-            p = gradient[inside]
-            if inside:
-                p -= own[:inside, inside] @ moves[:inside]
-            if curvature <= 0:
-                continue
-            if self.outputs is None:
-                moves[inside] = self._move(start + inside, p, curvature)
-            else:
-                moves[inside] = self._move_coupled(start + inside, p, curvature, self.outputs)
+        for low in range(0, stop - start, PANEL):
+            high = min(low + PANEL, stop - start)
+            gradient[low:high].addmm_(own[:low, low:high].t(), moves[:low], alpha=-1)
+            for inside in range(low, high):
+                p = gradient[inside].addmv_(moves[low:inside].t(), own[low:inside, inside], alpha=-1)
+                if curvatures[inside] <= 0:
+                    continue
+                if self.outputs is None:
+                    self._move(start + inside, p, curvatures[inside], moves[inside])
+                else:
+                    moves[inside] = self._move_coupled(start + inside, p, curvatures[inside], self.outputs)
         self.error[start:stop] -= moves
+        if self.narrow is not self.error:
+            self.narrow[start:stop] = self.error[start:stop]
 
-    def _move(self, column: int, p: Tensor, curvature: float) -> Tensor:
-        """Change a column whose entries are independent; returns how its numbers changed."""
-        codes, numbers = self.grids.nearest(self.group[column], self.numbers[column] + p / curvature)
-        change = numbers - self.numbers[column]
+    def _move(self, column: int, p: Tensor, curvature: float, change: Tensor) -> None:
+        """Change a column whose entries are independent; `change` [N] becomes how its numbers changed."""
+        own = self.numbers[column]
+        codes, numbers = self.grids.nearest(self.group[column], torch.add(own, p, alpha=1 / curvature))
+        torch.sub(numbers, own, out=change)
         self.codes[column], self.numbers[column] = codes, numbers
-        return change
 
     def _move_coupled(self, column: int, p: Tensor, curvature: float, outputs: Tensor) -> Tensor:
         """Change a column whose entries are coupled by H_O; returns H_O times the change of its numbers."""

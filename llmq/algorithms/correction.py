@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmq.algorithms.gptq import Factor
+from llmq.algorithms.products import product
 from llmq.errors import ShapeError, UsageError
 
 
@@ -48,7 +49,7 @@ def corrected_target(weight: Tensor, factor: Factor, upstream: Tensor, strength:
     dtype = torch.promote_types(weight.dtype, upper.dtype)
     weight, upper = weight.to(dtype), upper.to(dtype)
     # (W D) (U diag(pivots) U^T)^-1, in the order of the factor
-    moved = (weight @ upstream.to(dtype))[:, factor.order]
+    moved = product(weight, upstream.to(dtype)).index_select(1, factor.order)
     moved = torch.linalg.solve_triangular(upper.t(), moved, upper=False, left=False, unitriangular=True)
     moved /= factor.pivots.to(dtype)
     moved = torch.linalg.solve_triangular(upper, moved, upper=True, left=False, unitriangular=True)

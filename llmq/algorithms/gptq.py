@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from llmq.algorithms.columns import ColumnGrid
+from llmq.algorithms.products import narrowed, product
 from llmq.algorithms.rtn import choose_scales, numbers_of, round_to_grid, work_dtype
 from llmq.errors import ShapeError, UsageError
 from llmq.numerics.affine import MappingType
@@ -308,20 +309,24 @@ def _blocks(columns: _Columns, factor: Factor, block_size: int) -> Iterator[tupl
     upper = factor.unit_upper.to(columns.weight.dtype)
     error = columns.error
     beside = error.shape[1] > n
+    narrow = narrowed(torch.empty_like(error), k)  # of the blocks that are done; `error` itself where products are not narrow
+    narrow = error if narrow.dtype == error.dtype else narrow
     for start in range(0, k, block_size):
         stop = min(start + block_size, k)
         # the feedback of everything before this block, for both; then inside the block, for the other codes
-        residual = upper[:start, start:stop].t() @ error[:start]  # [block, N or 2 N]
+        residual = product(narrowed(upper[:start, start:stop].t(), k), narrow[:start])  # [block, N or 2 N]
         if beside:
             residual[:, n:] += upper[start:stop, start:stop].t() @ error[start:stop, n:]
         for low in range(start, stop, PANEL):
             high = min(low + PANEL, stop)
-            residual[low - start : high - start, :n] += upper[start:low, low:high].t() @ error[start:low, :n]
+            residual[low - start : high - start, :n].addmm_(upper[start:low, low:high].t(), error[start:low, :n])
             for column in range(low, high):
                 r = residual[column - start, :n]
-                r += upper[low:column, column] @ error[low:column, :n]
+                r.addmv_(error[low:column, :n].t(), upper[low:column, column])
                 r += columns.weight[column]
                 numbers = columns.round(column, r)
                 torch.sub(columns.weight[column], numbers, out=error[column, :n])
                 r -= numbers
+        if narrow is not error:
+            narrow[start:stop] = error[start:stop]
         yield start, stop, residual

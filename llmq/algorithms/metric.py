@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmq.algorithms.products import narrowed, product
 from llmq.errors import ShapeError
 
 PANEL = 512
@@ -47,13 +48,14 @@ class Metric:
         if self.outputs is not None:
             return (self.gradient(error).double() * error.double()).sum(1)
         # H_I is symmetric: what is left of its diagonal counts twice, and half of the product is saved
-        inputs = self.inputs.to(error.dtype)
+        k = error.shape[1]
+        inputs, narrow = self.inputs.to(error.dtype), narrowed(error, k)
         losses = torch.zeros(len(error), dtype=torch.float64, device=error.device)
-        for start in range(0, error.shape[1], PANEL):
+        for start in range(0, k, PANEL):
             own = slice(start, start + PANEL)
-            product = error[:, :start] @ inputs[:start, own]
-            product.mul_(2).addmm_(error[:, own], inputs[own, own])
-            losses += (product.double() * error[:, own]).sum(1)
+            panel = narrowed(inputs[: own.stop, own], k)
+            found = product(narrow[:, :start], panel[:start]).mul_(2).add_(product(narrow[:, own], panel[start:]))
+            losses += found.mul_(error[:, own]).sum(1, dtype=torch.float64)
         return losses
 
     def loss(self, error: Tensor) -> float:

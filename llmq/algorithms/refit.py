@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llmq.algorithms.metric import Metric
+from llmq.algorithms.products import narrowed, product
 from llmq.algorithms.rtn import numbers_of
 from llmq.numerics.grid import IntGrid
 from llmq.numerics.weight import torch_dtype
@@ -54,12 +55,12 @@ def refit(target: Tensor, codes: Tensor, scales: Scales, grid: IntGrid, metric: 
         rows = min(rows, BLOCK_ROWS)
     error = target - numbers_of(codes, grid, scale, zero_point, target.dtype)
     inputs = _Inputs(metric.inputs.to(target.dtype), groups)
-    by_inputs = error @ inputs.whole if metric.outputs is not None else None  # E H_I
+    by_inputs = product(error, inputs.whole) if metric.outputs is not None else None  # E H_I
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
         system = _System(codes[part], scale[part], zero_point, part, grid, inputs)
         if by_inputs is None or metric.outputs is None:
-            moments = system.moments(error[part] @ inputs.whole)
+            moments = system.moments(product(error[part], inputs.whole))
             change = system.rounded_change(system.solve(moments))
             gain = 2 * (moments * change).sum(1) - system.curvature(change)
             system.apply(scale, zero_point, gain > 0)
@@ -76,7 +77,7 @@ def refit(target: Tensor, codes: Tensor, scales: Scales, grid: IntGrid, metric: 
         if 2 * slope - bend > 0:
             system.apply(scale, zero_point, torch.ones(part.stop - part.start, dtype=torch.bool, device=scale.device))
             numbers = numbers_of(codes[part], grid, scale[part], None if zero_point is None else zero_point[part], target.dtype)
-            by_inputs[part] = (target[part] - numbers) @ inputs.whole
+            by_inputs[part] = product(target[part] - numbers, inputs.whole)
     return scale, zero_point
 
 
@@ -90,8 +91,8 @@ class _Inputs:
     """H_I [K, K] and, where groups are as wide as here, its sums over the columns of each group, and over its rows as well."""
 
     def __init__(self, whole: Tensor, groups: int) -> None:
-        self.whole = whole
         k = len(whole)
+        self.whole = narrowed(whole, k)
         self.by_group = whole.view(k, groups, k // groups).sum(-1)  # [K, groups]
         self.between = self.by_group.view(groups, k // groups, groups).sum(1, dtype=torch.float64)  # [groups, groups]
 
@@ -106,7 +107,7 @@ class _System:
         self.rows, self.groups = scale.shape
         self.size = codes.shape[1] // self.groups
         self.with_zero = grid.zero_point == "float"
-        dtype = inputs.whole.dtype
+        dtype = inputs.by_group.dtype
         centred = codes.to(dtype).view(self.rows, self.groups, self.size)
         if zero_point is not None:
             offset = torch.full_like(scale, grid.mid, dtype=dtype) if self.with_zero else zero_point[part].to(dtype)
@@ -130,7 +131,7 @@ class _System:
         for group in range(g):
             own = slice(group * size, (group + 1) * size)
             # of a scale with all scales from this group on; and with all zero points
-            tail = self.basis[:, own] @ self.inputs.whole[own, own.start :]
+            tail = product(self.basis[:, own], self.inputs.whole[own, own.start :])
             matrix[:, group, group:g] = self._sums(tail.mul_(self.basis[:, own.start :]), group).double()
             matrix[:, group:g, group] = matrix[:, group, group:g].clone()  # they share the entry on the diagonal
             if self.with_zero:
@@ -172,7 +173,7 @@ class _System:
         step = change[:, : self.groups].to(self.basis.dtype).repeat_interleave(self.size, 1) * self.basis
         if self.with_zero:
             step += change[:, self.groups :].to(self.basis.dtype).repeat_interleave(self.size, 1)
-        bend = ((own @ step) * (step @ self.inputs.whole)).sum(dtype=torch.float64)
+        bend = ((own @ step) * product(step, self.inputs.whole)).sum(dtype=torch.float64)
         return (moments * change).sum().item(), bend.item()
 
     def apply(self, scale: Tensor, zero_point: Tensor | None, rows: Tensor) -> None:

@@ -53,7 +53,7 @@ class RoundingOptions:
         act_order: take columns by falling diagonal of H_I.
         block_size: see `GptqOptions`.
         mapping: how a range is laid over codes where scales are not searched.
-        candidates: of the search, see `SearchOptions`.
+        candidates: of the search, see `SearchOptions`; each is improved once, since what follows re-fits scales anyway.
         trace: compute the loss after every step for the report, which costs a product with H_I each.
     """
 
@@ -61,13 +61,13 @@ class RoundingOptions:
     correction: float = 0.0
     gptq: bool = True
     refit: bool = True
-    sweeps: int = 2
+    sweeps: int = 1
     metric: MetricName = "inputs"
     damping: float = 0.01
     act_order: bool = True
     block_size: int = 128
     mapping: MappingType | None = None
-    candidates: int = 16
+    candidates: int = 8
     trace: bool = False
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class RoundingOptions:
 
     def search_options(self) -> SearchOptions:
         """Return those that the search for scales takes."""
-        return SearchOptions(candidates=self.candidates, mapping=self.mapping)
+        return SearchOptions(candidates=self.candidates, rounds=1, mapping=self.mapping)
 
 
 @dataclass(frozen=True, slots=True)

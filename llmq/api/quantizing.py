@@ -29,6 +29,7 @@ from llmq.checkpoint.source import Checkpoint
 from llmq.errors import Interrupted, TextError, UsageError
 from llmq.numerics.grid import format_from_json
 from llmq.numerics.weight import float_grid
+from llmq.ops.features import has_bf16_dot
 from llmq.progress import SILENT, Progress
 from llmq.ranks import Ranks, join_ranks
 from llmq.results.coverage import Coverage
@@ -193,7 +194,7 @@ def _identity(manifest: Manifest, recipe: Recipe, seen: CalibrationSet | None, h
         "activations": how.activations if seen is not None else None,
         "processes": ranks.size,
         "versions": manifest.versions,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": torch.backends.cpu.get_cpu_capability() + (" with bf16" if has_bf16_dot() else ""),
     }
 
 

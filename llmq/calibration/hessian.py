@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmq.errors import SchemeError
 
-PANEL = 512
+PANEL = 256
 """Rows of H that one matrix product brings up to date. H is symmetric: of each panel only what is right of its diagonal."""
 
 

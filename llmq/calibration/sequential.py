@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.algorithms.folding import folded_scales
+from llmq.algorithms.products import narrow_passes
 from llmq.algorithms.report import LayerReport
 from llmq.algorithms.statistics import Needs, Statistics
 from llmq.calibration.activations import Activations, Spill, activation_dtype, brought
@@ -51,7 +53,8 @@ class WalkSettings:
     """How the walk runs, beside what the schemes decide.
 
     Attributes:
-        activations: dtype of the hidden states between blocks: 'bf16' or 'fp32'.
+        activations: dtype of the hidden states between blocks: 'bf16' or 'fp32'. With bf16, blocks compute in it too where that is
+            faster (`algorithms.products`) and the schemes take it.
         spill: where they lie.
         factors: where Fisher factors are, for schemes that need them.
         ranks: the processes that share the windows and the linears.
@@ -136,6 +139,7 @@ class Walk:
         self.stages = stages_of(self.model, decisions)
         self.needs = _joined(decision for stage in self.stages for decision in stage.targets.values())
         self._onward = _before_targets(self.stages)
+        self._narrow = self.settings.activations == "bf16" and all(map(_takes_narrow_passes, decisions))
         if calibration is not None:
             _check_tokens(model, calibration)
         refuse_shared((decision for stage in self.stages for decision in stage.targets.values()), self.settings.ranks)
@@ -350,7 +354,8 @@ class Walk:
     def _forward(self, stage: Stage, work: nn.Module, h: Tensor) -> Tensor:
         """Run a batch of hidden states, as they are kept, through a stage."""
         assert self._q is not None
-        return stage.forward(work, brought(h, self._q.device), self._context)
+        with narrow_passes(h.shape[-1], self._q.device) if self._narrow else nullcontext():
+            return stage.forward(work, brought(h, self._q.device), self._context)
 
     def _propagate(self, stage: Stage, work: nn.Module, states: Activations, go: Callable[[int], None]) -> None:
         for batch in states.batches:
@@ -362,6 +367,15 @@ def _before_targets(stages: Sequence[Stage]) -> frozenset[str]:
     """Return the names of the stages after which something is still to be quantized: windows have to go through them."""
     last = max((number for number, stage in enumerate(stages) if stage.targets), default=0)
     return frozenset(stage.name for stage in stages[:last])
+
+
+def _takes_narrow_passes(decision: Decision) -> bool:
+    """Whether a linear's scheme asks of the windows no more than moments of its inputs, which eight bits of them give."""
+    if decision.scheme is None:
+        return True
+    scheme = decision.scheme
+    rounds_inputs = decision.format is not None and decision.format.activation is not None
+    return not (scheme.prepares or scheme.tunes or rounds_inputs or Needs.FISHER in scheme.needs)
 
 
 def _joined(decisions: Any) -> Needs:

@@ -39,6 +39,11 @@ def has_int8_dot() -> bool:
     return aten_capability() == "AVX512" and "avx512_vnni" in cpu_flags()
 
 
+def has_bf16_dot() -> bool:
+    """Whether this CPU multiplies bf16 faster than fp32: AVX-512 BF16, AMX, or Arm's bf16 instructions."""
+    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}) and aten_capability() not in {"DEFAULT", "AVX2"}
+
+
 def has_native_gemm(dtype: torch.dtype) -> bool:
     """Whether matrix products of `dtype` run at the speed of the hardware, not of a conversion loop."""
     flags = cpu_flags()

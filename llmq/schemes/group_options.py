@@ -78,7 +78,7 @@ class CalibratedOptions(GroupOptions):
         "coupled by the whole model's Fisher information ('outputs'), or the Fisher information on both sides ('fisher', YAQA)",
     )
     correction: float = Field(
-        0.5,
+        _DEFAULTS.correction,
         ge=0,
         le=1,
         description="how much of the error that reaches a linear from quantized blocks before it is corrected, where the walk "

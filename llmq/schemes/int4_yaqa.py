@@ -22,6 +22,14 @@ class FisherOptions(CalibratedOptions):
         description="the error that is made small: of each linear's outputs ('inputs'), the same with outputs weighted and "
         "coupled by the whole model's Fisher information ('outputs'), or the Fisher information on both sides ('fisher', YAQA)",
     )
+    correction: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="how much of the error that reaches a linear from quantized blocks before it is corrected, where the walk "
+        "knows the original model's inputs",
+        json_schema_extra={"unit": "fraction"},
+    )
     sweeps: int = Field(
         1, ge=0, le=100, description="times that coordinate descent goes over all codes", json_schema_extra={"unit": "sweeps"}
     )

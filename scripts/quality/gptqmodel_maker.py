@@ -40,7 +40,7 @@ def dequantized(module: Any) -> torch.Tensor:
 
 
 def main() -> None:
-    """Quantize as the order says: bits, group_size, sym, gptaq (its alpha), and what GPTQModel's configuration takes beyond."""
+    """Quantize as the order says: dtype, bits, group_size, sym, gptaq (its alpha), and what GPTQModel's configuration takes beyond."""
     order = Order.read()
     torch.set_num_threads(order.threads)
     os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # its pools refuse to start with the one that it takes on two cores
@@ -49,9 +49,10 @@ def main() -> None:
 
     settings = dict(order.settings)
     alpha = settings.pop("gptaq", None)
+    dtype = getattr(torch, settings.pop("dtype", "float32"))
     more = {} if alpha is None else {"gptaq": GPTAQConfig(alpha=alpha)}
     config = library.QuantizeConfig(device="cpu", offload_to_disk=False, **settings, **more)
-    model = library.GPTQModel.load(order.checkpoint, config, dtype=torch.float32)
+    model = library.GPTQModel.load(order.checkpoint, config, dtype=dtype)
     calibration = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows(order)]
     with timed() as cost:
         model.quantize(calibration, batch_size=8, backend=library.BACKEND.TORCH)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmq.algorithms import products
 from llmq.algorithms.rounding import round_linear
 from llmq.algorithms.statistics import Statistics
 from llmq.calibration.hessian import Hessian, LinearGroups, inputs_of
@@ -280,3 +281,33 @@ def test_what_follows_sees_the_rounding_of_inputs() -> None:
         module._forward_pre_hooks.clear()
     with torch.no_grad():
         assert (stage.forward(weights_only, h, 0.5) - exact).abs().max() > 20 * (copied - exact).abs().max()
+
+
+def dtypes_seen(monkeypatch: pytest.MonkeyPatch, scheme: str, activations: str) -> set[torch.dtype]:
+    """The dtypes of what the blocks' first linears return while a scheme is applied."""
+    monkeypatch.setattr(products, "has_bf16_dot", lambda: True)
+    monkeypatch.setattr(products, "LEAST_INNER", 1)
+    seen: set[torch.dtype] = set()
+    original = torch.relu
+    monkeypatch.setattr(torch, "relu", lambda x: (seen.add(x.dtype), original(x))[1])
+    model = Model()
+    quantize_sequential(
+        model, resolve(scheme, {"group_size": 32}), windows(), skip=["lm_head"], settings=WalkSettings(activations=activations)
+    )
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("scheme", "activations", "dtype"),
+    [
+        ("int4-gptq", "bf16", torch.bfloat16),
+        ("int4-gptq", "fp32", torch.float32),
+        ("int4-autoround", "bf16", torch.float32),
+        ("int4-yaqa", "bf16", torch.float32),
+    ],
+)
+def test_blocks_compute_in_bf16_where_asked_for_no_more(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, activations: str, dtype: torch.dtype
+) -> None:
+    assert dtypes_seen(monkeypatch, scheme, activations) == {dtype}

@@ -53,7 +53,7 @@ def test_what_is_gathered_follows_from_the_options() -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [{"sweeps": 0}, {"refit": False}, {"search": "range"}, {"correction": 0.0}, {"metric": "outputs"}, {"act_order": False}],
+    [{"sweeps": 0}, {"refit": False}, {"search": "range"}, {"correction": 0.5}, {"metric": "outputs"}, {"act_order": False}],
 )
 def test_each_step_is_an_option_that_changes_the_result(option: dict[str, object]) -> None:
     weight, statistics = inputs()
