@@ -26,6 +26,7 @@ def test_the_fixed_choice_of_a_model(short_model, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_a_measured_choice_is_kept_and_runs(short_model, tmp_path):
     arguments = ("kernels", short_model, "-s", "int8-weight-only", "--kernel", "measured", "--threads", "1", "--json")
     first = json.loads(run_llmq(*arguments).stdout)

@@ -63,6 +63,7 @@ def test_it_generates_what_torch_does(make: Callable[[LlamaConfig], Llama], conf
     assert graphs() <= 3  # prompts, steps in the whole of a short cache, and in the first part of a long one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8], ids=str)
 def test_lengths_do_not_compile_anew(make: Callable[[LlamaConfig], Llama], config: LlamaConfig, kv_dtype: torch.dtype) -> None:
     model = make(dataclasses.replace(config, sliding_window=6, sliding_layers=(1,)))
@@ -92,6 +93,7 @@ def test_scoring_is_one_graph(make: Callable[[LlamaConfig], Llama], config: Llam
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_models_do_not_use_up_each_others_graphs(make: Callable[[LlamaConfig], Llama], config: LlamaConfig) -> None:
     """torch allows eight graphs of one function, and a model is a reason for another."""
     sizes = range(16, 26)
