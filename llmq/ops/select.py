@@ -22,7 +22,7 @@ from llmq.numerics.affine import MappingType, ZeroPointDomain, choose_qparams_af
 from llmq.numerics.float8 import float8_scale, round_to_float8
 from llmq.numerics.grid import Float8Grid, FloatGrid, IntGrid, LinearFormat
 from llmq.numerics.weight import QuantizedWeight, same_bits, torch_dtype
-from llmq.ops.check import exact_linear, worst_element
+from llmq.ops.check import exact_for, worst_element
 from llmq.ops.choices import Plan, Timer, fastest_plan
 from llmq.ops.schema import CANONICAL, SUPPORTED, Case, Kernel, Support, unsupported
 from llmq.ops.table import KERNELS, REFERENCE, describe_rows, kernel_named, row_ranges
@@ -204,7 +204,7 @@ def _self_test(name: str, format: LinearFormat, dtype: torch.dtype, device: str)
         for rows in _TEST_ROWS:
             x = torch.randn(rows, case.k, generator=generator).to(dtype)
             y = kernel.linear(x.to(device), packed, bias.to(device), case).cpu()
-            worst = worst_element(y, exact_linear(x, weight, bias, replace(case, device="cpu")))
+            worst = worst_element(y, exact_for(kernel, x, weight, bias, replace(case, device="cpu")))
             if worst:
                 return unsupported(f"its start-up test failed: {worst}")
     except (RuntimeError, LlmqError) as error:
