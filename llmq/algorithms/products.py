@@ -3,8 +3,8 @@
 What calibration and rounding multiply are statistics of a sample and errors that are about to be rounded again. An operand in
 bf16 is off by at most 2^-9 of itself, each number on its own, so a sum over K of them is off by about 2^-10 of what terms of
 random signs add up to. That is far below what the sample itself leaves open (one over the root of the tokens), and below the
-step of a grid. The hardware that multiplies bf16 natively does so at twice the speed of fp32 (AVX-512 BF16) or sixteen times (tensor
-cores).
+step of a grid. Hardware that multiplies bf16 natively does so at twice the speed of fp32 (AVX-512 BF16), or sixteen times
+(tensor cores).
 
 Sums whose differences matter stay in fp32 or fp64: Hessians, factorisations, and whatever decides between two small losses of
 one row. Small products stay in fp32 too, as they cost nothing: a result then depends on the machine no more than fp32 sums do.
@@ -44,7 +44,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def narrow_passes(width: int, device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which the linears and attention of a block of hidden size `width` compute in bf16, where that is faster.
+    """Return a context in which linears and attention of a block of hidden size `width` compute in bf16, where that is faster.
 
     Parameters stay in fp32, and so do norms and the residual stream.
     """

@@ -53,8 +53,8 @@ class WalkSettings:
     """How the walk runs, beside what the schemes decide.
 
     Attributes:
-        activations: dtype of the hidden states between blocks: 'bf16' or 'fp32'. With bf16, blocks compute in it too where that is
-            faster (`algorithms.products`) and the schemes take it.
+        activations: dtype of the hidden states between blocks: 'bf16' or 'fp32'. With bf16, blocks compute in it too
+            where that is faster (`algorithms.products`) and the schemes take it.
         spill: where they lie.
         factors: where Fisher factors are, for schemes that need them.
         ranks: the processes that share the windows and the linears.

@@ -40,7 +40,7 @@ def dequantized(module: Any) -> torch.Tensor:
 
 
 def main() -> None:
-    """Quantize as the order says: dtype, bits, group_size, sym, gptaq (its alpha), and what GPTQModel's configuration takes beyond."""
+    """Quantize as the order says: dtype, bits, group_size, sym, gptaq (its alpha), and what GPTQModel's configuration takes."""
     order = Order.read()
     torch.set_num_threads(order.threads)
     os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # its pools refuse to start with the one that it takes on two cores

@@ -74,7 +74,7 @@ def test_blocks_compute_in_bf16_on_parameters_that_stay():
 
 @pytest.mark.parametrize("grid", GRIDS, ids=["float zero", "int zero", "per channel"])
 @pytest.mark.parametrize("metric", ["inputs", "fisher"])
-def test_rounding_loses_no_more_by_them(grid, metric, fast_bf16, monkeypatch):  # noqa: ARG001
+def test_rounding_loses_no_more_by_them(grid, metric, fast_bf16, monkeypatch):
     generator = torch.Generator().manual_seed(2)
     n, k = 48, 192
     weight = torch.randn(n, k, generator=generator) * 0.02
@@ -93,7 +93,9 @@ def test_rounding_loses_no_more_by_them(grid, metric, fast_bf16, monkeypatch):  
     target = weight.double()
     losses = [exact.loss(target - found.dequantize(torch.float64)) for found in (narrow, wide)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
-    assert told.loss is not None and told.rtn_loss is not None and told.loss <= told.rtn_loss
+    assert told.loss is not None
+    assert told.rtn_loss is not None
+    assert told.loss <= told.rtn_loss
 
 
 @pytest.mark.usefixtures("fast_bf16")
