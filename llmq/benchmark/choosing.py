@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llmq.benchmark.contender import Contender
-from llmq.benchmark.kernels import random_weight
 from llmq.benchmark.order_statistics import median
+from llmq.benchmark.random_weights import random_weight
 from llmq.benchmark.timing import Call, TimingPlan, stopwatch_for, time_rounds
 from llmq.model.cuda_graph import Capture, CudaCapture
 from llmq.ops.choices import ROWS, Times

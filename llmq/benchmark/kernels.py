@@ -13,7 +13,7 @@ a weight: each kernel goes round copies of its weight that together are several 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from llmq.benchmark.contender import Contender
 from llmq.benchmark.machine import Bandwidth, Peak
 from llmq.benchmark.order_statistics import Summary, median, paired_ratios, summarize
+from llmq.benchmark.random_weights import random_weight
 from llmq.benchmark.speed import rate_metric, time_metric
 from llmq.benchmark.timing import TimingPlan, stopwatch_for, thread_count, time_rounds
 from llmq.benchmark.traffic import linear_shapes
 from llmq.errors import UsageError
 from llmq.model.config import LlamaConfig
-from llmq.numerics.float8 import NAN_CODE
-from llmq.numerics.grid import ActivationGrid, Float8Grid, FloatGrid, IntGrid, LinearFormat
-from llmq.numerics.weight import QuantizedWeight, torch_dtype
+from llmq.numerics.grid import ActivationGrid, IntGrid, LinearFormat
+from llmq.numerics.weight import QuantizedWeight
 from llmq.ops.check import exact_for, worst_element
 from llmq.ops.schema import Case
 from llmq.ops.select import candidates, prepare
@@ -241,31 +241,6 @@ def _bench_case(name: str, case: Case, plan: KernelPlan) -> tuple[list[KernelRes
             for kernel_name, seconds in samples.items()
         ]
     return results, refusals
-
-
-def random_weight(case: Case, generator: torch.Generator) -> QuantizedWeight:
-    """Return a weight [N, K] with every code equally likely, and scales and zero points that all differ."""
-    grid = case.format.weight
-    if isinstance(grid, FloatGrid):
-        numbers = torch.randn(case.n, case.k, generator=generator) / case.k**0.5
-        return QuantizedWeight.from_float(numbers.to(torch_dtype(grid.dtype)))
-    if isinstance(grid, Float8Grid):
-        patterns = torch.randint(NAN_CODE, (case.n, case.k), generator=generator, dtype=torch.uint8)
-        patterns |= torch.randint(2, patterns.shape, generator=generator, dtype=torch.uint8) << 7
-        scale = (0.5 + torch.rand(case.n, 1, generator=generator)) / (64 * case.k**0.5)
-        return QuantizedWeight.from_codes(grid, patterns.view(torch.float8_e4m3fn), scale.to(torch_dtype(grid.scale_dtype)))
-    code_dtype = torch.int8 if grid.symmetric else torch.uint8
-    codes = torch.randint(grid.qmin, grid.qmax + 1, (case.n, case.k), generator=generator, dtype=code_dtype)
-    entries = (case.n, grid.groups(case.k))
-    scale = (0.5 + torch.rand(entries, generator=generator)) / (grid.mid * case.k**0.5)
-    zero_point: Tensor | None = None
-    if grid.zero_point == "int":
-        zero_point = torch.randint(grid.qmin, grid.qmax + 1, entries, generator=generator, dtype=torch.uint8)
-    elif grid.zero_point == "float":
-        zero_point = (torch.randn(entries, generator=generator) * scale).to(torch_dtype(grid.scale_dtype))
-    weight = QuantizedWeight.from_codes(grid, codes, scale.to(torch_dtype(grid.scale_dtype)), zero_point)
-    # what calibration might find for normally distributed inputs
-    return replace(weight, input_scale=torch.full((1,), 4.0 / 127)) if case.format.has_input_scale else weight
 
 
 def _failures(contenders: Mapping[str, Contender], x: Tensor, weight: QuantizedWeight, case: Case) -> dict[str, str]:

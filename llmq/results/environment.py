@@ -7,9 +7,12 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import llmq
-from llmq.results.record import Environment
+
+if TYPE_CHECKING:
+    from llmq.results.record import Environment
 
 PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "tokenizers", "tiktoken", "datasets", "lm-eval", "pydantic")
 """Distributions whose version can change a number, or explain one."""
@@ -32,6 +35,8 @@ def capture(threads: int, device: str = "cpu") -> Environment:
         threads: CPU threads the measured code was given.
         device: "cpu", or "cuda" and the name of the GPU, such as "cuda (NVIDIA H200)".
     """
+    from llmq.results.record import Environment  # pydantic: who asks for a CPU's name or cache does without
+
     return Environment(
         llmq=llmq.__version__,
         python=platform.python_version(),

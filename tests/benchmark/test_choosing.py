@@ -10,7 +10,7 @@ from torch import Tensor
 from llmq.benchmark import choosing, contender
 from llmq.benchmark.choosing import KernelTimer
 from llmq.benchmark.contender import Contender
-from llmq.benchmark.kernels import random_weight
+from llmq.benchmark.random_weights import random_weight
 from llmq.benchmark.timing import TimingPlan
 from llmq.numerics.grid import IntGrid, LinearFormat
 from llmq.ops.choices import ROWS

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from llmq.api.benching import parse_shapes
 from llmq.benchmark import contender, kernels
-from llmq.benchmark.kernels import KernelPlan, KernelReport, bench_kernels, measure_int8_peak, random_weight, shapes_of
+from llmq.benchmark.kernels import KernelPlan, KernelReport, bench_kernels, measure_int8_peak, shapes_of
 from llmq.benchmark.machine import Bandwidth, Peak
 from llmq.benchmark.order_statistics import median, summarize
+from llmq.benchmark.random_weights import random_weight
 from llmq.benchmark.timing import TimingPlan
 from llmq.errors import ShapeError, UsageError
 from llmq.model.config import LlamaConfig
