@@ -29,7 +29,7 @@ _LIBRARY.define("float8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bi
 def _float8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply x bf16 or fp16 [M, K] by float8 [N, K] with scales [N, 1], in Triton -> [M, N]."""
     triton_support.check_device(x)
-    kernels, cuts = triton_support.load("weight_only_int8"), triton_support.load("weight_only")
+    kernels, cuts = triton_support.load("weight_only_float8"), triton_support.load("weight_only")
     gpu = cuts.Gpu(triton_support.multiprocessors(x.device), triton_support.shared_memory(x.device))
     y: Tensor = kernels.linear(x if x.stride(1) == 1 else x.contiguous(), weight, scale, bias, gpu)
     return y
@@ -105,7 +105,7 @@ class ScaledMm(CanonicalLayout):
 class TritonFloat8(CanonicalLayout):
     """Float8 weights read as they are, turned to the activations' dtype in registers, which is exact; fp32 sums, then the scale.
 
-    That is what `kernels/triton/weight_only_int8.py` does with int8 codes, and to the letter what it does with these.
+    See `kernels/triton/weight_only_float8.py`.
     """
 
     name = "triton-float8"
