@@ -260,7 +260,8 @@ def _measure(
         for start in range(0, len(chosen), options.batch):
             part = chosen[start : start + options.batch]
             sums.append(_loss(tuning, tuned, *windows.take(part, relative=options.relative)).double() * len(part))
-    loss = sum(torch.stack(sums).tolist()) / len(chosen)  # read once: a GPU is not waited for in between
+    told: list[float] = torch.stack(sums).tolist()  # read once: a GPU is not waited for in between
+    loss = sum(told) / len(chosen)
     if not loss < float("inf"):
         raise SchemeError("the loss of block-wise learning is not finite; the model is broken before it is quantized.")
     return loss

@@ -90,8 +90,8 @@ class Replay:
             for (args, kwargs), output, importance in zip(self.calls, self.outputs, self.importance, strict=True):
                 squares = (self.module(*args, **kwargs) - output).square().mean(-1)
                 sums.append(torch.stack([each.sum(dtype=torch.float64) for each in (squares * importance, importance)]))
-        total, weight = (sum(each) for each in torch.stack(sums, 1).tolist())  # read once: a GPU is not waited for in between
-        return total / weight
+        totals: list[list[float]] = torch.stack(sums, 1).tolist()  # read once: a GPU is not waited for in between
+        return sum(totals[0]) / sum(totals[1])
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def _largest(phases: Iterable[Mapping[str, int]]) -> dict[str, int]:
 def _walk(
     config: LlamaConfig, decisions: Sequence[Decision], windows: Windows, itemsize: int, places: Collection[str]
 ) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-    """Yield, of every phase of Fisher factors and of the walk, what hidden states in these places take, and what the rest does."""
+    """Yield, of every phase of Fisher factors and of the walk, what hidden states in these places take, and all else."""
     parts = _parts(decisions)
     needs = Needs.NONE
     for part in parts:
