@@ -33,6 +33,7 @@ from .split import add_parts
 from .weight_only import Gpu, Launch, one_row, rows_by_tiles
 
 PERIODS = (128, 64, 32)
+_STEP = 128
 
 
 def period_of(group: int) -> int:
@@ -57,11 +58,11 @@ def unpack(words: torch.Tensor, period: int) -> torch.Tensor:
     return nibbles.permute(0, 1, 4, 2, 3).reshape(n, k).contiguous()
 
 
-def launch(rows: int, n: int, k: int, period: int, gpu: Gpu) -> Launch:
-    """Return how a product [rows, k] x [n, k] of that period is cut; with several rows a step is a period."""
+def launch(rows: int, n: int, k: int, gpu: Gpu) -> Launch:
+    """Return how a product [rows, k] x [n, k] is cut."""
     if rows == 1:
         return one_row(n, k, 4, gpu)
-    return rows_by_tiles(rows, n, k, period, 4, gpu)
+    return rows_by_tiles(rows, n, k, _STEP, 4, gpu)
 
 
 def linear(
@@ -87,7 +88,7 @@ def linear(
     if m == 0:
         return y
     period = period_of(k // groups)
-    cut = launch(m, n, k, period, gpu)
+    cut = launch(m, n, k, gpu)
     parts = x.new_empty(cut.cuts, m, n, dtype=torch.float32) if cut.cuts > 1 else y
     fused = bias is not None and cut.cuts == 1
     tensors = (x, words, scale, scale if zero is None else zero, bias if fused else scale, parts)
@@ -226,8 +227,9 @@ def _rows(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Multiply a tile of rows by a tile of outputs, a period at a time; it lies within a group."""
+    """Multiply a tile of rows by a tile of outputs, 128 inputs a step, a period at a time; that lies within a group."""
     WORDS: tl.constexpr = PERIOD // 8
+    PERIODS_OF_A_STEP: tl.constexpr = 128 // PERIOD
     # what one product takes; tensor cores want 16 inputs, and with 4 words two pieces of 8 are put side by side
     PIECE: tl.constexpr = 2 * WORDS if WORDS > 4 else 16
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -237,28 +239,34 @@ def _rows(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.minimum(n, N - 1)
     x_rows = x_ptr + m.to(tl.int64)[:, None] * x_stride + tl.arange(0, PIECE)[None, :]
-    present = (m < M)[:, None]
     begin = part * span // PERIOD
     end = tl.minimum(begin + span // PERIOD, K // PERIOD)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for period in tl.range(begin, end, num_stages=STAGES):
-        where = (row.to(tl.int64) * (K // PERIOD) + period) * WORDS
-        words = tl.load(words_ptr + (where[:, None] + tl.arange(0, WORDS)[None, :]))
-        sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        inputs = tl.zeros([BLOCK_M], tl.float32)
-        for piece in tl.static_range(PERIOD // PIECE):
-            x = tl.load(x_rows + (period * PERIOD + piece * PIECE), mask=present, other=0.0)
-            if WORDS > 4:
-                codes = _two_codes(words, piece, OFFSET, DTYPE)
-            else:
-                first = _two_codes(words, 2 * piece, OFFSET, DTYPE)
-                second = _two_codes(words, 2 * piece + 1, OFFSET, DTYPE)
-                codes = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [BLOCK_N, PIECE])
-            sums = tl.dot(codes, tl.trans(x), sums)
-            if ZERO > 0:
-                inputs += tl.sum(x.to(tl.float32), axis=1)
-        groups = row * (K // GROUP) + period * PERIOD // GROUP
-        total += _scaled(sums, inputs[None, :], scale_ptr, zero_ptr, groups[:, None], (n < N)[:, None], ZERO)
+    for step in tl.range(begin, end, PERIODS_OF_A_STEP, num_stages=STAGES):
+        for later in tl.static_range(PERIODS_OF_A_STEP):
+            period = step + later
+            x_mask = (m < M)[:, None]
+            scale_mask = (n < N)[:, None]
+            if PERIODS_OF_A_STEP > 1:  # the last step may have fewer: inputs and scales beyond the end are 0
+                x_mask &= period < end
+                scale_mask &= period < end
+            where = (row.to(tl.int64) * (K // PERIOD) + tl.minimum(period, K // PERIOD - 1)) * WORDS
+            words = tl.load(words_ptr + (where[:, None] + tl.arange(0, WORDS)[None, :]))
+            sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            inputs = tl.zeros([BLOCK_M], tl.float32)
+            for piece in tl.static_range(PERIOD // PIECE):
+                x = tl.load(x_rows + (period * PERIOD + piece * PIECE), mask=x_mask, other=0.0)
+                if WORDS > 4:
+                    codes = _two_codes(words, piece, OFFSET, DTYPE)
+                else:
+                    first = _two_codes(words, 2 * piece, OFFSET, DTYPE)
+                    second = _two_codes(words, 2 * piece + 1, OFFSET, DTYPE)
+                    codes = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [BLOCK_N, PIECE])
+                sums = tl.dot(codes, tl.trans(x), sums)
+                if ZERO > 0:
+                    inputs += tl.sum(x.to(tl.float32), axis=1)
+            groups = row * (K // GROUP) + period * PERIOD // GROUP
+            total += _scaled(sums, inputs[None, :], scale_ptr, zero_ptr, groups[:, None], scale_mask, ZERO)
     if HAS_BIAS:
         total += tl.load(bias_ptr + row).to(tl.float32)[:, None]
     out = (part * M + m).to(tl.int64)[None, :] * N + n[:, None]

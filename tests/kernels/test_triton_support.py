@@ -55,7 +55,7 @@ def test_the_interpreter_is_for_tests(gpu, monkeypatch):
 
 
 def test_an_installation_without_its_kernels_says_so():
-    with pytest.raises(KernelError, match="'nothing' cannot be loaded .*reinstall llmq"):
+    with pytest.raises(KernelError, match=r"'nothing' cannot be loaded .*reinstall llmq"):
         triton_support.load("nothing")
 
 

@@ -1,8 +1,8 @@
 """What Triton makes of the kernels for a GPU, on a machine without one.
 
-`compiled(program, capability)` runs a program in a process of its own in which Triton believes in a GPU and compiles what is launched,
-to machine code, without running it. The launchers are called as models call them, so the code is that of the real block sizes and
-alignments; tensors may lie on the CPU, and `torch.empty` of a large one costs nothing.
+`compiled(program, capability)` runs a program in a process of its own in which Triton believes in a GPU and compiles what is
+launched, to machine code, without running it. The launchers are called as models call them, so the code is that of the real block
+sizes and alignments; tensors may lie on the CPU, and `torch.empty` of a large one costs nothing.
 """
 
 from __future__ import annotations
