@@ -64,7 +64,10 @@ def multiprocessors(device: torch.device) -> int:
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Return how many bytes of shared memory one program may have on the tensors' device; in the interpreter those of an H200."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 227 << 10
+    if device.type != "cuda":
+        return 227 << 10
+    size: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return size
 
 
 @functools.cache
