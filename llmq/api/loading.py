@@ -68,12 +68,16 @@ class Setup:
         """Set torch's thread count and seed; check the device and the dtypes."""
         kv_dtype(self.kv_cache, self.torch_dtype)  # refuses unknown ones before anything is loaded
         check_runtime(self.runtime)
-        if self.device not in DEVICES:
-            raise UsageError(f"unknown device {self.device!r}; allowed are {' and '.join(DEVICES)}.")
+        self.check_device()
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("device cuda was asked for, but torch sees no CUDA device; use --device cpu (`llmq env` says more).")
         torch.set_num_threads(self.threads or default_threads())
         torch.manual_seed(self.seed)
+
+    def check_device(self) -> None:
+        """Refuse a device that nothing is known of; whether this machine has it is another question."""
+        if self.device not in DEVICES:
+            raise UsageError(f"unknown device {self.device!r}; allowed are {' and '.join(DEVICES)}.")
 
     @property
     def device_name(self) -> str:
@@ -203,6 +207,10 @@ def open_model(path: str, recipe: Recipe | None = None, setup: Setup | None = No
         apply_recipe(loaded, recipe, progress=progress)
     loaded.size  # noqa: B018 - counted now, before kernels lay the weights out
     loaded.choices = lay_out(loaded.model, setup.kernel, setup.device, progress)
+    if setup.device == "cuda":
+        fused = loaded.model.fuse_attention()
+        if not fused.ok:
+            progress.note(f"decode steps attend without the fused kernel: {fused.reason}")
     if loaded.runtime.fell_back:
         progress.note(loaded.runtime.note)
     return loaded

@@ -76,7 +76,7 @@ def plan_quantization(
     Args:
         path: the checkpoint.
         recipe: see `quantize_checkpoint`.
-        setup: see `quantize_checkpoint`.
+        setup: see `quantize_checkpoint`; this machine need not have the device unless `measure` is asked for.
         activations: see `WalkSettings`.
         spill: see `WalkSettings`.
         measure: quantize the first block in a temporary folder, to predict the time; otherwise no weight is read.
@@ -85,8 +85,9 @@ def plan_quantization(
     Raises:
         CheckpointError: the checkpoint cannot be opened.
         ShapeError: linears do not fit the scheme's grid; names all of them.
-        UsageError: the checkpoint is quantized already, or a skip pattern matches nothing.
+        UsageError: the checkpoint is quantized already, a skip pattern matches nothing, or there is no such device.
     """
+    setup.check_device()
     checkpoint = open_checkpoint(path)
     if checkpoint.manifest is not None:
         raise UsageError(f"{path} is quantized already (scheme {checkpoint.manifest.scheme}); name the original checkpoint.")

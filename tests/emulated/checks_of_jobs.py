@@ -15,6 +15,7 @@ from gpu.quantizing import compare, quantize_both
 from safetensors.torch import save_file
 
 from llmq.api.calibrating import CalibrationSource
+from llmq.api.explaining import LayersRequest, explain_layers
 from llmq.api.loading import Setup, open_model
 from llmq.api.planning import plan_quantization
 from llmq.api.quantizing import Running, quantize_checkpoint
@@ -132,6 +133,20 @@ def test_a_model_is_opened_on_the_device(checkpoint: Make) -> None:
             tensors = parameter.stored if isinstance(parameter, QuantizedTensor) else (parameter,)
             assert {tensor.device.type for tensor in tensors} == {EMULATED}, name
         del loaded, parameter, tensors
+
+
+def test_a_loss_is_explained_on_the_device(checkpoint: Make) -> None:
+    model, scheme = str(checkpoint()), Recipe("int4-awq", {"group_size": 32, "exponents": 2}, calibration=TEXT)
+    request = LayersRequest(2, 1, str(SAMPLE / "evaluation.txt"), 32, ("int3-gptq:group_size=32,sweeps=0",), calibration=TEXT)
+    found = []
+    for device in ("cpu", EMULATED):
+        setup = Setup(device, "fp32", threads=1, kernel="reference", runtime="torch")
+        with nothing_left():
+            found.append(explain_layers(model, request, scheme, setup))
+    for mine, its in zip(found[0].linears, found[1].linears, strict=True):
+        assert (mine.fqn, mine.sqnr_db, mine.error) == (its.fqn, its.sqnr_db, its.error)
+        assert torch.equal(mine.cost.kl, its.cost.kl)
+    assert [(pick.fqn, pick.left) for pick in found[0].picks] == [(pick.fqn, pick.left) for pick in found[1].picks]
 
 
 def test_what_a_gpu_may_differ_by_is_told(checkpoint: Make, tmp_path: Path) -> None:
