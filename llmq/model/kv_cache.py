@@ -149,6 +149,12 @@ class KVCache:
             dequantize_int8(values, self.value_scales[layer][:, :, visible]).to(dtype),
         )
 
+    def stored(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return all positions of one layer as they are stored: keys, values, and the scales of both where it is quantized."""
+        if self.key_scales is None or self.value_scales is None:
+            return self.keys[layer], self.values[layer], None, None
+        return self.keys[layer], self.values[layer], self.key_scales[layer], self.value_scales[layer]
+
     def first(self, length: int) -> KVCache:
         """Return the first `length` positions as a cache, in the same memory: what is written to one is in the other."""
         part = copy(self)

@@ -22,6 +22,8 @@ from llmq.errors import UsageError
 from llmq.model.config import LlamaConfig
 from llmq.model.kv_cache import KVCache, check_context
 from llmq.model.rope import inverse_frequencies, rotate, rotation_table
+from llmq.ops.decode_attention import fused_attention, most_tokens
+from llmq.ops.schema import Support
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class BlockContext:
         sliding: what layers with a window see.
         cache: where keys and values are kept; None: there are no others than the call's own.
         where: the positions of the call in the cache: the first and the one after the last, or all of them, int64 [T].
+        position: integer [1], that of the first token, where `llmq::decode_attention` attends; `full` and `sliding` are then not
+            looked at. None: SDPA attends.
     """
 
     cosines: Tensor
@@ -60,6 +64,7 @@ class BlockContext:
     sliding: Sight
     cache: KVCache | None
     where: tuple[int, int] | Tensor
+    position: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -68,7 +73,7 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.sliding = config.window(layer) is not None
+        self.window = config.window(layer)
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
@@ -84,11 +89,16 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # [B, H_kv, T, D]
         q = rotate(q, context.cosines, context.sines).transpose(1, 2)  # [B, H, T, D]
         k = rotate(k, context.cosines, context.sines).transpose(1, 2)
-        sight = context.sliding if self.sliding else context.full
+        sight = context.full if self.window is None else context.sliding
         if context.cache is None:
             k = k.to(x.dtype)
         else:
             context.cache.write(self.layer, k, v, slice(*context.where) if isinstance(context.where, tuple) else context.where)
+            if context.position is not None:
+                q = q.to(context.cache.attention_dtype(x.dtype))
+                y = torch.ops.llmq.decode_attention(q, *context.cache.stored(self.layer), context.position, self.window)
+                fused: Tensor = self.o_proj(y.transpose(1, 2).reshape(B, T, -1).to(x.dtype))
+                return fused
             k, v = context.cache.read(self.layer, slice(sight.first, sight.stop), x.dtype)
         q = q.to(k.dtype)
         if T == 1:
@@ -151,6 +161,9 @@ class Llama(nn.Module):
 
     Build it under `torch.device("meta")` and fill it with `load_state_dict(state, assign=True)`: nothing is copied. When
     the embeddings are tied and `state` has no lm_head.weight, the head gets the embedding's own parameter.
+
+    Attributes:
+        fused_caches: the dtypes of the caches to which calls of a few tokens attend in one fused kernel; see `fuse_attention`.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -159,6 +172,7 @@ class Llama(nn.Module):
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.frequencies = inverse_frequencies(config)  # a plain tensor: always real, never in a state dict
+        self.fused_caches: frozenset[torch.dtype] = frozenset()
         if config.tie_word_embeddings:
             self.tie_weights()
         self.register_load_state_dict_post_hook(_tie_after_load)  # type: ignore[no-untyped-call]  # torch's own gap
@@ -177,6 +191,17 @@ class Llama(nn.Module):
     def device(self) -> torch.device:
         """Where the embedding is, and where tokens and cache have to be."""
         return self.model.embed_tokens.weight.device
+
+    def fuse_attention(self) -> Support:
+        """Let calls of a few tokens attend to their cache in one fused kernel, for the caches for which this machine can.
+
+        Returns:
+            Whether it can for a cache of the model's own dtype, or why not; SDPA then attends as before.
+        """
+        share, size = self.config.num_heads // self.config.num_kv_heads, self.config.head_dim
+        answers = {cache: fused_attention(self.dtype, cache, share, size) for cache in (self.dtype, torch.int8)}
+        self.fused_caches = frozenset(cache for cache, answer in answers.items() if answer.ok)
+        return answers[self.dtype]
 
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's parameter itself."""
@@ -244,22 +269,44 @@ class Llama(nn.Module):
             return self._context(cosines, sines, cache, (0, T), h.dtype)
         dtype = cache.attention_dtype(h.dtype)
         cache.check(B, 0 if isinstance(start, Tensor) else start, T)
+        position = self._position(cache, start, T)
         if isinstance(start, Tensor):
             if start.numel() != 1:
                 raise UsageError(f"start must be one position for the whole batch, got a tensor of shape {tuple(start.shape)}.")
             positions = start + torch.arange(T, device=h.device)  # [T], from [] or [1]
-            return self._context(cache.cosines[positions], cache.sines[positions], cache, positions, dtype)
+            return self._context(cache.cosines[positions], cache.sines[positions], cache, positions, dtype, position)
         stop = start + T
-        return self._context(cache.cosines[start:stop], cache.sines[start:stop], cache, (start, stop), dtype)
+        return self._context(cache.cosines[start:stop], cache.sines[start:stop], cache, (start, stop), dtype, position)
+
+    def _position(self, cache: KVCache, start: int | Tensor, tokens: int) -> Tensor | None:
+        """Return the position of the first token as the fused attention takes it, or None where SDPA attends."""
+        share = self.config.num_heads // self.config.num_kv_heads
+        if cache.dtype not in self.fused_caches or tokens > most_tokens(self.dtype, share):
+            return None
+        if isinstance(start, Tensor):
+            return start.reshape(1)
+        return torch.full((1,), start, device=self.device)  # a fill: nothing is copied from the host, or waited for
 
     def _context(
-        self, cosines: Tensor, sines: Tensor, cache: KVCache | None, where: tuple[int, int] | Tensor, dtype: torch.dtype
+        self,
+        cosines: Tensor,
+        sines: Tensor,
+        cache: KVCache | None,
+        where: tuple[int, int] | Tensor,
+        dtype: torch.dtype,
+        position: Tensor | None = None,
     ) -> BlockContext:
+        if position is not None:
+            return BlockContext(cosines, sines, _NOTHING, _NOTHING, cache, where, position)
         length = cache.max_length if cache is not None else 0
         full = _sight(where, None, length, dtype, cosines.device)
         window = self.config.sliding_window
         sliding = full if window is None else _sight(where, window, length, dtype, cosines.device)
         return BlockContext(cosines, sines, full, sliding, cache, where)
+
+
+_NOTHING = Sight(0, 0, None, causal=False)
+"""What SDPA looks at where it does not attend."""
 
 
 def _sight(where: tuple[int, int] | Tensor, window: int | None, length: int, dtype: torch.dtype, device: torch.device) -> Sight:

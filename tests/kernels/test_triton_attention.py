@@ -46,7 +46,7 @@ def exact(q, cache, scales, start, window, steps):
 
     A score is a dot product of D terms and some scalings; in base 2 its error is at most g A, where A is log2 e / sqrt(D) times
     the sum of magnitudes and g = 2 (D + 8) u, since tensor cores cut where IEEE rounds. Differences of scores are rounded, exp2
-    is off by 2 ulp, and so is each rescaling of the sums: p is off by at most the share d. So is the sum of all p, hence 2 d. Then
+    is off by 2 ulp; so is each rescaling of the sums: p is off by the share d at most. So is the sum of all p, hence 2 d. Then
     come the sums over n positions, what the two summands of p leave, and the rounding of the result. Of p, fp16 loses 2**-25.
     """
     keys, values = numbers(cache, scales)
