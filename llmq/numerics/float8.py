@@ -48,11 +48,16 @@ def float8_numbers(codes: Tensor) -> Tensor:
     """
     if codes.device.type != "cpu" or torch.compiler.is_compiling():
         return codes.float()
-    bits = (codes.view(torch.int8).to(torch.int16) << 7) & _FP16_BITS
-    numbers = bits.view(torch.float16).float() * 2.0**8
-    return numbers.masked_fill_(numbers.abs() > FLOAT8_LARGEST, torch.nan)
+    bits = codes.view(torch.int8).to(torch.int16)
+    bits <<= 7
+    bits &= _FP16_BITS
+    numbers = bits.view(torch.float16).float()
+    numbers *= 2.0**8
+    if has_nan(codes):
+        numbers.masked_fill_(numbers.abs() > FLOAT8_LARGEST, torch.nan)
+    return numbers
 
 
 def has_nan(codes: Tensor) -> bool:
     """Whether one of the codes is no number."""
-    return bool(((codes.view(torch.uint8) & NAN_CODE) == NAN_CODE).any())
+    return bool(codes.numel()) and int((codes.view(torch.uint8) & NAN_CODE).max()) == NAN_CODE

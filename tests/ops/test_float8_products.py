@@ -194,6 +194,27 @@ def test_kernels_of_integers_refuse_float8():
     assert "does not quantize activations" in cuda.Tinygemm().fits(case).reason
 
 
+@pytest.mark.parametrize("name", ["float8-dynamic", "float8-dynamic-tensor"])
+def test_hands_over_what_the_gpu_s_product_takes(name, monkeypatch):
+    """Scales [M, 1] and [1, N] in fp32, the second operand by columns, and sums that go over to fp32."""
+    form, seen = FORMATS[name], {}
+
+    def product(a, b, scale_a, scale_b, **options):
+        seen.update(a=a, b=b, scale_a=scale_a, scale_b=scale_b, **options)
+        return torch.zeros(a.shape[0], b.shape[1], dtype=torch.bfloat16)
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    case = case_of(form, 48, 64, torch.bfloat16)
+    bias = torch.ones(48, dtype=torch.bfloat16)
+    y = ScaledMm().linear(make_x(64, 5, torch.bfloat16).T, make_weight(form, 48, 64).tensors, bias, case)
+    assert torch.equal(y, torch.ones(5, 48, dtype=torch.bfloat16))
+    assert (seen["a"].dtype, seen["a"].shape, seen["a"].stride()) == (torch.float8_e4m3fn, (5, 64), (64, 1))
+    assert (seen["b"].dtype, seen["b"].shape, seen["b"].stride()) == (torch.float8_e4m3fn, (64, 48), (1, 64))
+    assert (seen["scale_a"].dtype, seen["scale_a"].shape, seen["scale_a"].is_contiguous()) == (torch.float32, (5, 1), True)
+    assert (seen["scale_b"].dtype, seen["scale_b"].shape, seen["scale_b"].is_contiguous()) == (torch.float32, (1, 48), True)
+    assert (seen["out_dtype"], seen["use_fast_accum"]) == (torch.bfloat16, False)
+
+
 def test_traced_graphs_know_the_shapes():
     with FakeTensorMode():  # torch's own fake of its product asks a GPU for its name
         for kernel, name, device in ((ScaledMm(), "float8-dynamic", "cpu"), (TritonFloat8(), "float8-weight-only", "cuda")):
