@@ -15,7 +15,7 @@ from llmq.algorithms.smoothquant import SmoothOptions, learned_scale
 from llmq.algorithms.statistics import Statistics
 from llmq.api.distilling import distill_model
 from llmq.calibration.activations import Activations, Spill, brought
-from llmq.calibration.distill import DistillSettings
+from llmq.calibration.distill import DistillSettings, distill
 from llmq.calibration.factors import FactorMemory
 from llmq.calibration.fisher import FisherSettings, fisher_factors
 from llmq.calibration.recorder import CalibrationSet
@@ -182,3 +182,11 @@ def test_distillation_is_the_same(hold: bool, tiny: Build, windows: CalibrationS
         del model, original
     assert told[0] == told[1]
     assert told[0]["best"] > 0
+
+
+def test_a_distilled_model_leaves_the_device_weight_by_weight(tiny: Build, windows: CalibrationSet) -> None:
+    model, original = tiny(num_layers=1).to(EMULATED), tiny(num_layers=1).to(EMULATED)
+    quantize_(model, resolve("int4", {"group_size": 32, "search": "range"}), skip=["lm_head"])
+    found = distill(model, original, windows.tokens, settings=DistillSettings(epochs=1, evaluations=1))
+    tensors = [tensor for weight in found.weights.values() for tensor in weight.tensors]
+    assert {tensor.device.type for tensor in [*tensors, *found.norms.values()]} == {"cpu"}
