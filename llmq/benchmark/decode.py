@@ -202,7 +202,7 @@ def _in_turns(turns: Sequence[dict[str, Call]], plan: BenchPlan, device: torch.d
 def _middle_visible(case: _Case, plan: BenchPlan) -> int:
     """Return how many tokens of the cache a run's middle step reads."""
     position = case.length + plan.new_tokens // 2
-    return case.model.span(case.cache, position) if isinstance(case.model, SteppedLlama) else position + 1
+    return case.model.reads(case.cache, position) if isinstance(case.model, SteppedLlama) else position + 1
 
 
 class _Decoder:

@@ -81,8 +81,12 @@ class SteppedLlama(ABC):
         return self.model.head(h)
 
     def span(self, cache: KVCache, start: int | Tensor) -> int:
-        """Return how many positions of `cache` a step at `start` reads: all of them where only the device knows `start`."""
+        """Return how many positions of `cache` a step at `start` is made for: all where only the device knows `start`."""
         return cache.max_length if isinstance(start, Tensor) else span_of(start + 1, cache.max_length)
+
+    def reads(self, cache: KVCache, start: int) -> int:
+        """Return how many positions of `cache` a step at `start` really reads: the fused attention stops at what it sees."""
+        return start + 1 if cache.dtype in self.model.fused_caches else self.span(cache, start)
 
     def first(self, cache: KVCache, span: int) -> KVCache:
         """Return the first `span` positions of `cache`; the same object each time, as long as `cache` lives."""

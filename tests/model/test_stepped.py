@@ -97,7 +97,9 @@ def test_a_context_that_only_the_device_knows_reads_all(model: Llama) -> None:
         got = runner(tokens[:, position : position + 1], cache, start)
         assert torch.allclose(got[:, 0], expected[:, position], atol=TOLERANCE)
     assert runner.span(cache, torch.tensor(10)) == 300
-    assert runner.span(cache, 10) == 128
+    assert runner.span(cache, 10) == runner.reads(cache, 10) == 128
+    model.fused_caches = frozenset({torch.float32})  # whose attention stops at what it sees
+    assert runner.reads(cache, 10) == 11
     assert capture.recorded == 1
 
 
