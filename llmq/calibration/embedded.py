@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmq.calibration.activations import Activations, Spill
 from llmq.calibration.stages import BlockModel
+from llmq.errors import TextError
 
 
 def embedded(model: BlockModel, tokens: Tensor) -> Tensor:
@@ -35,3 +36,14 @@ def embed_windows(model: BlockModel, tokens: Tensor, dtype: torch.dtype, *, spil
         batch.copy_(embedded(model, tokens[start : start + len(batch)]))
         start += len(batch)
     return states, model.context(first.float())
+
+
+def check_tokens(model: nn.Module, tokens: Tensor) -> None:
+    """Refuse windows with tokens that the model's embedding does not have; raises TextError."""
+    vocabulary = next((module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    largest = int(tokens.max())
+    if vocabulary is not None and largest >= vocabulary:
+        raise TextError(
+            f"the calibration set has token {largest}, and the model only {vocabulary} tokens; record it with this checkpoint's "
+            "tokenizer."
+        )

@@ -28,14 +28,14 @@ from llmq.algorithms.products import narrow_passes
 from llmq.algorithms.report import LayerReport
 from llmq.algorithms.statistics import Needs, Statistics
 from llmq.calibration.activations import Activations, Spill, activation_dtype, brought
-from llmq.calibration.embedded import embed_windows
+from llmq.calibration.embedded import check_tokens, embed_windows
 from llmq.calibration.factors import FactorMemory, Factors, gather_factors
 from llmq.calibration.fisher import FisherSettings
 from llmq.calibration.gather import Moments, find_groups, gather
 from llmq.calibration.recorder import CalibrationSet
 from llmq.calibration.sharing import quantize_linears, refuse_shared
 from llmq.calibration.stages import BlockModel, InMemory, Keeper, Stage, block_model, stages_of
-from llmq.errors import SchemeError, TextError
+from llmq.errors import SchemeError
 from llmq.files import trim_heap
 from llmq.numerics.grid import format_from_json
 from llmq.numerics.weight import QuantizedWeight
@@ -141,7 +141,7 @@ class Walk:
         self._onward = _before_targets(self.stages)
         self._narrow = self.settings.activations == "bf16" and all(map(_takes_narrow_passes, decisions))
         if calibration is not None:
-            _check_tokens(model, calibration)
+            check_tokens(model, calibration.tokens)
         refuse_shared((decision for stage in self.stages for decision in stage.targets.values()), self.settings.ranks)
         self._q: Activations | None = None
         self._f: Activations | None = None
@@ -398,13 +398,3 @@ def _by_scheme(stage: Stage, block: BlockWork) -> list[tuple[BlockWork, Resolved
         groups = [[name for name in group if name in linears] for group in block.groups]
         parts.append((replace(block, linears=linears, groups=[group for group in groups if group]), scheme))
     return parts
-
-
-def _check_tokens(model: nn.Module, calibration: CalibrationSet) -> None:
-    vocabulary = next((module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)), None)
-    largest = int(calibration.tokens.max())
-    if vocabulary is not None and largest >= vocabulary:
-        raise TextError(
-            f"the calibration set has token {largest}, and the model only {vocabulary} tokens; record it with this checkpoint's "
-            "tokenizer."
-        )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.algorithms.products import LEAST_INNER
 from llmq.api.calibrating import CalibrationSource
 from llmq.api.loading import Setup
 from llmq.api.planning import plan_quantization
@@ -23,7 +24,10 @@ from llmq.numerics.grid import IntGrid
 from llmq.ops.tensor import QuantizedTensor
 
 FIRST_BLOCK, LATER_BLOCKS = 0.001, 0.15
-"""Largest share of codes that may differ: in every linear of the first block, and on average over all linears."""
+"""Largest share of codes that may differ: in every linear of the first block, and on average over all linears.
+
+Both are for linears whose products stay in fp32 wherever they are computed, those of fewer than `LEAST_INNER` inputs.
+"""
 LOSS, NOISE_DB = 0.05, 0.5
 """Largest relative difference of a linear's loss, and largest difference of its signal to noise ratio."""
 MEMORY = 1.25
@@ -35,8 +39,8 @@ class Comparison:
     """How far two artefacts of one job are apart.
 
     Attributes:
-        codes: share of codes that differ, by linear.
-        losses: relative difference of the losses that reports know, by linear.
+        codes: share of codes that differ, by linear that both multiply in fp32, and that was not learned with its block as a whole.
+        losses: relative difference of the losses that reports know, by linear; none of blocks that were learned as a whole.
         noise: difference of the signal to noise ratios in dB, by linear.
         memory: peak of the GPU's memory over the predicted one; None: not measured.
     """
@@ -47,13 +51,12 @@ class Comparison:
     memory: float | None = None
 
     def broken(self) -> list[str]:
-        """Return what is beyond a tolerance, a sentence each; blocks that were learned as a whole are judged by their noise."""
-        told = []
-        first = {fqn: share for fqn, share in self.codes.items() if ".layers.0." in fqn and fqn in self.losses}
-        told += [f"{share:.2%} of the codes of {fqn} differ" for fqn, share in first.items() if share > FIRST_BLOCK]
-        known = [self.codes[fqn] for fqn in self.losses]
-        if known and sum(known) / len(known) > LATER_BLOCKS:
-            told.append(f"{sum(known) / len(known):.2%} of all codes differ")
+        """Return what is beyond a tolerance, a sentence each."""
+        first = {fqn: share for fqn, share in self.codes.items() if ".layers.0." in fqn}
+        told = [f"{share:.2%} of the codes of {fqn} differ" for fqn, share in first.items() if share > FIRST_BLOCK]
+        mean = sum(self.codes.values()) / max(1, len(self.codes))
+        if mean > LATER_BLOCKS:
+            told.append(f"{mean:.2%} of all codes differ")
         told += [f"the loss of {fqn} differs by {share:.2%}" for fqn, share in self.losses.items() if share > LOSS]
         told += [f"the noise of {fqn} differs by {db:.2f} dB" for fqn, db in self.noise.items() if db > NOISE_DB]
         if self.memory is not None and self.memory > MEMORY:
@@ -64,8 +67,9 @@ class Comparison:
 def compare(cpu: Path, gpu: Path, memory: float | None = None) -> Comparison:
     """Compare two artefacts of the same model and scheme."""
     mine, its = (_codes(path) for path in (cpu, gpu))
-    codes = {fqn: float((mine[fqn] != its[fqn]).double().mean()) for fqn in mine}
     reports = [{layer["fqn"]: layer for layer in _layers(path)} for path in (cpu, gpu)]
+    alike = [fqn for fqn, codes in mine.items() if codes.shape[1] < LEAST_INNER and not reports[0][fqn]["tuned"]]
+    codes = {fqn: float((mine[fqn] != its[fqn]).double().mean()) for fqn in alike}
     losses, noise = {}, {}
     for fqn, layer in reports[0].items():
         other = reports[1][fqn]
