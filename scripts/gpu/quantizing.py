@@ -39,7 +39,7 @@ class Comparison:
     """How far two artefacts of one job are apart.
 
     Attributes:
-        codes: share of codes that differ, by linear that both multiply in fp32, and that was not learned with its block as a whole.
+        codes: share of codes that differ, by linear that both multiply in fp32, and whose block was not learned as a whole.
         losses: relative difference of the losses that reports know, by linear; none of blocks that were learned as a whole.
         noise: difference of the signal to noise ratios in dB, by linear.
         memory: peak of the GPU's memory over the predicted one; None: not measured.
