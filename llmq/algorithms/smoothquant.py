@@ -292,11 +292,15 @@ def static_scale(x: Tensor, weights: list[Tensor], importance: Tensor) -> Tensor
     if largest == 0:
         return x.new_full((1,), 1 / 127)
 
-    def error(power: float) -> tuple[float, float]:
+    def error(power: float) -> Tensor:
         scale = largest / 127 * 2**-power
         difference = torch.clamp((x / scale).round(), -127, 127).mul_(scale).sub_(x)
-        return (difference.square_() @ energy * importance).sum(dtype=torch.float64).item(), power
+        return (difference.square_() @ energy * importance).sum(dtype=torch.float64)
 
-    _, coarse = min(error(step / 4) for step in range(41))
-    _, power = min(error(coarse + step / 32) for step in range(-8, 9) if coarse + step / 32 >= 0)
+    def best(powers: list[float]) -> float:
+        errors: list[float] = torch.stack([error(power) for power in powers]).tolist()  # read once all are on their way
+        return min(zip(errors, powers, strict=True))[1]
+
+    coarse = best([step / 4 for step in range(41)])
+    power = best([coarse + step / 32 for step in range(-8, 9) if coarse + step / 32 >= 0])
     return x.new_full((1,), largest / 127 * 2**-power)

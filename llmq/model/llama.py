@@ -108,6 +108,10 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask).reshape(B, T, -1)
         else:
             grouped = self.num_heads != self.num_kv_heads
+            if grouped and k.dtype == torch.float32 and k.device.type != "cpu":
+                # torch's fused attention for GPUs takes fp32, or heads that share keys, not both; without it all scores are held
+                k, v = (shared.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for shared in (k, v))
+                grouped = False
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask, is_causal=sight.causal, enable_gqa=grouped)
             y = y.transpose(1, 2).reshape(B, T, -1)
         out: Tensor = self.o_proj(y.to(x.dtype))

@@ -134,7 +134,7 @@ def test_memory_is_that_of_a_block_whatever_the_number_of_blocks(
 def test_a_model_is_opened_on_the_device(checkpoint: Make) -> None:
     with nothing_left():
         loaded = open_model(
-            str(checkpoint()), Recipe("int4-gptq", JOBS[2][1], calibration=TEXT), Setup(device=EMULATED, threads=1)
+            str(checkpoint()), Recipe("int4-gptq", JOBS[2][1], calibration=TEXT, rotate="both"), Setup(device=EMULATED, threads=1)
         )
         assert loaded.setup.device_name == EMULATED
         for name, parameter in loaded.model.named_parameters():
