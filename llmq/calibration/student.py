@@ -118,7 +118,8 @@ class Student:
             self._keeper.leave(part.stage.name)
         head = self._float_head()
         rows = h.reshape(-1, h.shape[-1])
-        return sum(float(loss(head(rows[part]), part)) for part in head.chunks(rows))
+        told: list[float] = torch.stack([loss(head(rows[part]), part) for part in head.chunks(rows)]).tolist()
+        return sum(told)
 
     def backward(self, windows: Tensor, loss: Loss) -> float:
         """Add the gradients of the summed loss of windows [B, T] to the `grad` of every trained tensor, and return it."""
