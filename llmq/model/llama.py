@@ -150,12 +150,18 @@ class Block(nn.Module):
         return out
 
 
+def _embedding(config: LlamaConfig) -> nn.Embedding:
+    """Return an embedding with random numbers, except on the meta device: there torch would load its compiler to draw them."""
+    table = torch.empty(config.vocab_size, config.hidden_size)
+    return nn.Embedding.from_pretrained(table if table.is_meta else nn.init.normal_(table), freeze=False)
+
+
 class Trunk(nn.Module):
     """Everything but the head; it exists for its name, `model`, in Hugging Face's parameter names."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = _embedding(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -1,8 +1,9 @@
 """What the model promises besides its numbers: how it is filled, called, refused, and what a decode step costs."""
 
-from __future__ import annotations
+from __future__ import subprocess
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -227,3 +228,18 @@ def test_rotation_turns_pairs_and_depends_on_distance_only(tiny_config: LlamaCon
         diagonal = scores.diagonal(-distance)
         assert torch.allclose(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5)
     assert scores.diagonal(0).std() < 1e-5 < scores[:, 0].std()
+
+
+def test_a_model_on_the_meta_device_does_not_bring_the_compiler() -> None:
+    """torch's own embedding would: a second, and 150 MB, at the start of every command."""
+    code = (
+        "import sys, torch\n"
+        "from llmq.model.config import LlamaConfig\n"
+        "from llmq.model.llama import Llama\n"
+        "config = LlamaConfig(16, 8, 8, 1, 2, 1, 4, 16, 1e-5, 1e4)\n"
+        "with torch.device('meta'):\n"
+        "    assert Llama(config).model.embed_tokens.weight.is_meta\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+        "assert Llama(config).model.embed_tokens.weight.std() > 0.5\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
