@@ -1,8 +1,9 @@
 """What the model promises besides its numbers: how it is filled, called, refused, and what a decode step costs."""
 
-from __future__ import subprocess
+from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
