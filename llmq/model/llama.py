@@ -291,7 +291,7 @@ class Llama(nn.Module):
     def _position(self, cache: KVCache, start: int | Tensor, tokens: int) -> Tensor | None:
         """Return the position of the first token as the fused attention takes it, or None where SDPA attends."""
         share = self.config.num_heads // self.config.num_kv_heads
-        if cache.dtype not in self.fused_caches or tokens > most_tokens(self.dtype, share):
+        if cache.dtype not in self.fused_caches or tokens > most_tokens(self.dtype, share, self.config.head_dim):
             return None
         if isinstance(start, Tensor):
             return start.reshape(1)

@@ -26,10 +26,10 @@ from llmq.ops.schema import SUPPORTED, Support, unsupported
 
 MOST_TOKENS = 16
 """More tokens than these are a prompt, which other kernels attend better."""
-MOST_ROWS = 128
-"""Queries that share one key-value head: tokens times H / H_kv."""
-MOST_FP32_ROWS = 8
-"""The same in fp32, whose products are not made by tensor cores, and whose rows are kept in registers."""
+MOST_NUMBERS = 8192
+"""Queries that share one key-value head, tokens times H / H_kv, times D: their sums are kept in registers. In powers of two."""
+MOST_FP32_NUMBERS = 1024
+"""The same in fp32, whose products are not made by tensor cores."""
 MOST_DIMENSIONS = 256
 """Numbers of a head."""
 
@@ -118,9 +118,9 @@ def fused_attention(dtype: torch.dtype, cache: torch.dtype, heads_shared: int, s
     return self_test(dtype, cache, heads_shared, size, "cuda") if answer.ok else answer
 
 
-def most_tokens(dtype: torch.dtype, heads_shared: int) -> int:
+def most_tokens(dtype: torch.dtype, heads_shared: int, size: int) -> int:
     """Return for how many tokens a call may use the fused attention."""
-    return min(MOST_TOKENS, (MOST_FP32_ROWS if dtype == torch.float32 else MOST_ROWS) // heads_shared)
+    return min(MOST_TOKENS, _most_rows(dtype, size) // heads_shared)
 
 
 @functools.cache
@@ -159,15 +159,20 @@ def _limit(dtype: torch.dtype, cache: torch.dtype, tokens: int, heads_shared: in
         return unsupported(f"queries are float32, bfloat16 or float16, and these are {dtype}")
     if cache not in (dtype, torch.int8):
         return unsupported(f"the cache is of the queries' dtype or int8; the queries are {dtype} and the cache is {cache}")
-    most = MOST_FP32_ROWS if dtype == torch.float32 else MOST_ROWS
-    if tokens > MOST_TOKENS or tokens * heads_shared > most:
-        return unsupported(
-            f"it takes at most {MOST_TOKENS} tokens and {most} queries for a key-value head in {dtype}, "
-            f"and these are {tokens} tokens with {heads_shared} heads each"
-        )
     if size > MOST_DIMENSIONS:
         return unsupported(f"it takes heads of at most {MOST_DIMENSIONS} numbers, and these have {size}")
+    most = _most_rows(dtype, size)
+    if tokens > MOST_TOKENS or tokens * heads_shared > most:
+        return unsupported(
+            f"it takes at most {MOST_TOKENS} tokens, and {most} queries of {size} numbers for a key-value head in {dtype}; "
+            f"these are {tokens} tokens with {heads_shared} heads each"
+        )
     return SUPPORTED
+
+
+def _most_rows(dtype: torch.dtype, size: int) -> int:
+    """Return how many queries of `size` numbers may share a key-value head; a power of two."""
+    return (MOST_FP32_NUMBERS if dtype == torch.float32 else MOST_NUMBERS) // max(16, 1 << (size - 1).bit_length())
 
 
 def _check_cache(q: Tensor, cache: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor] | None) -> None:

@@ -93,20 +93,20 @@ def check(device, inputs, start, window=None, how=None):
 
 @pytest.mark.parametrize("context", [1, 15, 16, 17, 100])
 @pytest.mark.parametrize("ratio", [1, 2, 4, 7])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_one_token(triton_device, context, ratio, dtype):
+def test_one_token(triton_device, context, ratio):
+    dtype = torch.float32 if ratio == 2 else torch.bfloat16
     how = triton_support.load("attention").Launch(4, 16, 4, 2)
     check(triton_device, make(2 * ratio, 2, 1, 64, 112, dtype=dtype, batch=2), context - 1, how=how)
 
 
-@pytest.mark.parametrize(("tokens", "start"), [(1, 0), (3, 0), (3, 30), (16, 0), (16, 41), (5, 95)])
-@pytest.mark.parametrize("window", [None, 1, 7, 16, 50, 1000])
+@pytest.mark.parametrize(("tokens", "start"), [(1, 0), (3, 30), (16, 0), (5, 95)])
+@pytest.mark.parametrize("window", [None, 1, 7, 50, 1000])
 def test_several_tokens_and_windows(triton_device, tokens, start, window):
     how = triton_support.load("attention").Launch(2, 16, 4, 2)
     check(triton_device, make(4, 2, tokens, 16, 100, dtype=torch.float16), start, window, how)
 
 
-@pytest.mark.parametrize("size", [8, 40, 64, 96, 128])
+@pytest.mark.parametrize("size", [8, 40, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("codes", [False, True])
 def test_heads_of_any_size_in_the_launch_of_the_operator(triton_device, size, dtype, codes):
@@ -183,6 +183,7 @@ def test_bad_calls_are_refused_in_a_sentence(triton_device):
         ((q, keys, values[:, :, :30], None, None, start, None), "need keys and values"),
         ((q, keys.transpose(1, 2).contiguous().transpose(1, 2), values, None, None, start, None), "lie side by side"),
         ((q.expand(1, 4, 17, 32), keys, values, None, None, start, None), "at most 16 tokens"),
+        ((q.float().repeat(1, 2, 16, 1), keys.float(), values.float(), None, None, start, None), "and 32 queries of 32"),
         ((q.double(), keys.double(), values.double(), None, None, start, None), "these are torch.float64"),
     ):
         with pytest.raises(LlmqError, match=words):
@@ -193,9 +194,9 @@ def test_where_it_may_be_used(monkeypatch, triton_device):
     if triton_device == "cpu":
         assert not fused_attention(torch.bfloat16, torch.bfloat16, 4, 128).ok
     assert self_test(torch.bfloat16, torch.int8, 4, 64, triton_device).ok
-    assert most_tokens(torch.bfloat16, 4) == 16
-    assert most_tokens(torch.bfloat16, 16) == 8
-    assert most_tokens(torch.float32, 3) == 2
+    assert most_tokens(torch.bfloat16, 4, 128) == 16
+    assert most_tokens(torch.bfloat16, 16, 96) == 4
+    assert most_tokens(torch.float32, 3, 128) == 2
     monkeypatch.setattr(triton_support, "triton_gpu", lambda: triton_support.Support(ok=True))
     assert "at most 256 numbers" in fused_attention(torch.bfloat16, torch.bfloat16, 4, 512).reason
     assert "the cache is torch.float16" in fused_attention(torch.bfloat16, torch.float16, 4, 64).reason

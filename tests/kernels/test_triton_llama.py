@@ -51,7 +51,7 @@ def test_the_logits_are_sdpas(triton_device, monkeypatch, cache_dtype, window, o
     own = kernels.decode
     monkeypatch.setattr(kernels, "decode", lambda q, *rest: calls.append(q.shape[2]) or own(q, *rest))
     logits = decode(model, cache_dtype, start_of)
-    assert calls == [1, 1, 3, 3, 1, 1]  # 2 layers; the prompt of 9 has too many queries for fp32
+    assert calls == [9, 9, 1, 1, 3, 3, 1, 1]  # two layers
     assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
