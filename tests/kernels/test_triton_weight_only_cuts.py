@@ -134,3 +134,4 @@ def test_int8_compiles(capability, rows, tmp_path):
     assert {kernel.kernel for kernel in kernels} == {"_one_row", "_rows", "_add_parts"}
     for kernel in kernels:
         check(kernel, capability)
+        assert kernel.count(r"cp\.async\.c[ag]\.") == kernel.count(r"cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10")
