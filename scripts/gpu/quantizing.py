@@ -22,6 +22,7 @@ from llmq.api.recipes import Recipe
 from llmq.checkpoint import load_model, open_checkpoint
 from llmq.numerics.grid import IntGrid
 from llmq.ops.tensor import QuantizedTensor
+from llmq.schemes.registry import resolve
 
 FIRST_BLOCK, LATER_BLOCKS = 0.001, 0.15
 """Largest share of codes that may differ: in every linear of the first block, and on average over all linears.
@@ -39,7 +40,7 @@ class Comparison:
     """How far two artefacts of one job are apart.
 
     Attributes:
-        codes: share of codes that differ, by linear that both multiply in fp32, and whose block was not learned as a whole.
+        codes: share of codes that differ, by linear that both multiply in fp32; none of blocks that were learned as a whole or folded.
         losses: relative difference of the losses that reports know, by linear; none of blocks that were learned as a whole.
         noise: difference of the signal to noise ratios in dB, by linear.
         memory: peak of the GPU's memory over the predicted one; None: not measured.
@@ -69,6 +70,8 @@ def compare(cpu: Path, gpu: Path, memory: float | None = None) -> Comparison:
     mine, its = (_codes(path) for path in (cpu, gpu))
     reports = [{layer["fqn"]: layer for layer in _layers(path)} for path in (cpu, gpu)]
     alike = [fqn for fqn, codes in mine.items() if codes.shape[1] < LEAST_INNER and not reports[0][fqn]["tuned"]]
+    if _folds(cpu):
+        alike = []  # scales are folded as quotients of 16-bit numbers: where one is another number, a whole column has other codes
     codes = {fqn: float((mine[fqn] != its[fqn]).double().mean()) for fqn in alike}
     losses, noise = {}, {}
     for fqn, layer in reports[0].items():
@@ -109,6 +112,13 @@ def _codes(path: Path) -> dict[str, Tensor]:
             codes = weight.codes() if isinstance(weight.grid, IntGrid) else weight.qdata.view(torch.uint8)
             found[name.removesuffix(".weight")] = codes
     return found
+
+
+def _folds(path: Path) -> bool:
+    """Whether the scheme changes a block's float weights before it chooses codes."""
+    manifest = open_checkpoint(path).manifest
+    assert manifest is not None
+    return resolve(manifest.scheme, manifest.options).prepares
 
 
 def _layers(path: Path) -> list[dict[str, Any]]:
