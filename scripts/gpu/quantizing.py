@@ -40,7 +40,7 @@ class Comparison:
     """How far two artefacts of one job are apart.
 
     Attributes:
-        codes: share of codes that differ, by linear that both multiply in fp32; none of blocks that were learned as a whole or folded.
+        codes: share of codes that differ, by linear that both multiply in fp32; none of learned or folded blocks.
         losses: relative difference of the losses that reports know, by linear; none of blocks that were learned as a whole.
         noise: difference of the signal to noise ratios in dB, by linear.
         memory: peak of the GPU's memory over the predicted one; None: not measured.
@@ -71,7 +71,7 @@ def compare(cpu: Path, gpu: Path, memory: float | None = None) -> Comparison:
     reports = [{layer["fqn"]: layer for layer in _layers(path)} for path in (cpu, gpu)]
     alike = [fqn for fqn, codes in mine.items() if codes.shape[1] < LEAST_INNER and not reports[0][fqn]["tuned"]]
     if _folds(cpu):
-        alike = []  # scales are folded as quotients of 16-bit numbers: where one is another number, a whole column has other codes
+        alike = []  # scales are quotients of 16-bit numbers: where one is another number, a whole column has other codes
     codes = {fqn: float((mine[fqn] != its[fqn]).double().mean()) for fqn in alike}
     losses, noise = {}, {}
     for fqn, layer in reports[0].items():
