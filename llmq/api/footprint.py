@@ -236,7 +236,10 @@ def _batch(config: LlamaConfig, part: _Part, windows: Windows) -> int:
 
 
 def _rounding(linear: _Linear) -> int:
-    """The largest of: H_I in fp64 with its factor; factor and damped H_I, with what a sweep or a re-fit holds."""
+    """The largest of: H_I in fp64 with its factor; factor, damped H_I and its copies, with what a sweep or a re-fit holds.
+
+    The copies are those for matrix products: in bf16, and once more in the library's own order, or in fp32 in the latter alone.
+    """
     n, k = linear.n, linear.k
     if not linear.needs:
         return _NEAREST_BYTES * n * k
@@ -252,7 +255,7 @@ def _rounding(linear: _Linear) -> int:
     systems = rows * (_SYSTEMS * _DOUBLE * linear.unknowns**2 + 4 * _FLOAT * k)
     refitting = 13 * n * k + systems
     factorising = _DOUBLE * k * k + square
-    return other + max(factorising, 2 * square + max(bytes_each * n * k, refitting))
+    return other + max(factorising, 3 * square + max(bytes_each * n * k, refitting))
 
 
 def _fisher_phases(config: LlamaConfig, parts: Sequence[_Part], windows: Windows, itemsize: int) -> Iterator[dict[str, int]]:

@@ -101,7 +101,7 @@ def verify_attention(device: str, *, small: bool) -> list[Finding]:
             plain = [keys.double(), values.double()]
             if scales[0] is not None and scales[1] is not None:
                 plain = [dequantize_int8(keys, scales[0]).double(), dequantize_int8(values, scales[1]).double()]
-            exact = _attention(q.double(), *plain, context)
+            exact = _attention(q.double(), plain[0], plain[1], context)
             # eight bits of the result, and of each probability before it meets a value
             bound = 2.0**-7 * (exact.abs() + plain[1].abs().amax())
             worst = max(worst, float(((got.double() - exact).abs() / bound).max()))
@@ -120,4 +120,5 @@ def _attention(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
     scores = q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5
     positions = torch.arange(keys.shape[2], device=q.device)
     seen = positions[None] <= start + torch.arange(q.shape[2], device=q.device)[:, None]
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+    found: Tensor = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+    return found

@@ -79,7 +79,7 @@ class Maker:
         paths = [str(SCRIPTS), *([str(SCRIPTS.parent), os.environ.get("PYTHONPATH", "")] if row.is_llmq else [])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": str(self.threads)}
         with (folder / "log.txt").open("wb") as log:
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env=environment)
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env=environment, cwd=folder)
         if done.returncode or not (folder / MADE).is_file():
             raise NotMadeError(last_words((folder / "log.txt").read_text(errors="replace")))
 

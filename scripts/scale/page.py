@@ -13,6 +13,8 @@ from llmq.results.store import read_records
 from llmq.results.table import Column, Table
 
 PAGE, RECORDS, MARKER = "docs/scale.md", "configs/scale/plan.jsonl", "scale-plan"
+RACE, RACE_MARKER = "configs/scale/race.jsonl", "scale-race"
+RACE_COLUMNS = ("tool", "time", "times", "CPU s", "llmq / tool", "bits/weight", "version")
 COLUMNS = ("quantization", "peak, planned", "peak", "planned / peak", "size, planned / written", "time, planned / taken", "CPU s")
 
 
@@ -43,10 +45,42 @@ def _row(record: ResultRecord) -> tuple[str, ...]:
     )
 
 
+def race_text(records: Sequence[ResultRecord]) -> str:
+    """Return the Markdown of a race: what was quantized where, and a row a tool."""
+    first = records[0]
+    calibration = first.subject.options["calibration"]
+    table = Table(
+        title="",
+        header={
+            "machine": f"{first.environment.cpu}, {first.environment.cores} cores, {first.environment.threads} threads",
+            "quantized": f"{first.subject.model}, on {calibration['windows']} windows of {calibration['length']} tokens",
+        },
+        columns=tuple(Column(heading, right=heading not in {"tool", "version"}) for heading in RACE_COLUMNS),
+        rows=tuple(_race_row(record) for record in records),
+        notes=(),
+    )
+    return to_markdown(table)
+
+
+def _race_row(record: ResultRecord) -> tuple[str, ...]:
+    seconds, options = record.metrics["seconds"], record.subject.options
+    tool = next(name for name in options["versions"] if name != "torch")
+    return (
+        str(options["contender"]),
+        f"{seconds.value:.1f} s",
+        ", ".join(f"{each:.1f}" for each in seconds.samples or []),
+        f"{record.metrics['cpu_seconds'].value:.4g}",
+        f"{record.metrics['llmq_share'].value:.2f}",
+        f"{record.subject.bits_per_weight:.3f}",
+        f"{tool} {options['versions'][tool]}",
+    )
+
+
 def page_text(repo: Path) -> str:
-    """Return the page with its section written anew."""
+    """Return the page with its sections written anew."""
     text = (repo / PAGE).read_text(encoding="utf-8")
-    return update_marked_section(text, MARKER, section_text(read_records(repo / RECORDS)))
+    text = update_marked_section(text, MARKER, section_text(read_records(repo / RECORDS)))
+    return update_marked_section(text, RACE_MARKER, race_text(read_records(repo / RACE)))
 
 
 def write_page(repo: Path) -> bool:
