@@ -366,7 +366,7 @@ def _int8_product(
     if SPLIT:
         tl.store(out_ptr + part.to(tl.int64) * M * N + where, total, mask=inside)
         if FUSED:
-            tl.store(x_scale_out_ptr + rows, row_scale, mask=(rows < M) & (tile // tiles_m == 0) & (part == 0))
+            tl.store(x_scale_out_ptr + rows, row_scale, mask=(rows < M) & (within // height == 0) & (part == 0))
     else:
         if not FUSED:
             row_scale = tl.load(x_scale_ptr + rows, mask=rows < M, other=0.0)
