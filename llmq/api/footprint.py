@@ -25,7 +25,9 @@ from llmq.algorithms.refit import chunk_rows
 from llmq.algorithms.statistics import Needs
 from llmq.calibration.activations import BATCH_TOKENS
 from llmq.model.config import LlamaConfig
-from llmq.numerics.grid import FloatGrid, IntGrid
+from llmq.numerics.grid import FloatGrid, IntGrid, LinearFormat
+from llmq.numerics.weight import QuantizedWeight
+from llmq.schemes.apply import quantized_parameter
 from llmq.schemes.cover import Decision
 
 _FLOAT, _DOUBLE = torch.float32.itemsize, torch.float64.itemsize
@@ -39,6 +41,10 @@ _TWO_SIDED_BYTES = 32
 """The same while both sides are coupled: target, scales, zero points, errors, their products and codes in fp32, all padded."""
 _NEAREST_BYTES = 3
 """Bytes for each weight when it is only rounded: codes as bytes, while they are packed. The rest goes by panels of rows."""
+_HEAP_BYTES = 80_000_000
+"""What the heap keeps between its phases, and file pages of libraries that come later; measured, see docs/scale.md."""
+_WORKSPACE_BYTES = 140_000_000
+"""What the matrix libraries keep for products and factorisations, whatever their size; measured."""
 _SYSTEMS = 4
 """Copies of the systems of equations [rows, P, P] in fp64 while they are solved."""
 
@@ -115,8 +121,9 @@ def peak_parts(
     Returns:
         Bytes by what they are for; their sum is the peak.
     """
-    # this process has loaded what a quantization loads, and takes as much before it reads a weight
-    common = {"the program and its libraries": psutil.Process().memory_info().rss}
+    calibrated = windows.tokens and not on_device
+    kept = _HEAP_BYTES + (_WORKSPACE_BYTES if calibrated else 0)
+    common = {"the program and its libraries": _resident(), "free heap and workspaces of the matrix libraries": kept}
     phases = [_opening(config, source_itemsize), _result(config, decisions, source_itemsize)]
     if on_device:
         read = {"a block as it is read": max(part.elements for part in _parts(decisions)) * source_itemsize}
@@ -124,6 +131,19 @@ def peak_parts(
     else:
         phases += [held | phase for held, phase in _walk(config, decisions, windows, source_itemsize, ("model", "host"))]
     return common | _largest(phases)
+
+
+def _resident() -> int:
+    """Return what this process takes when it has loaded what a quantization loads before and while it reads weights.
+
+    torch brings parts of itself with the first parameter of another kind of tensor, with the first product and factorisation.
+    """
+    quantized_parameter(QuantizedWeight.from_float(torch.ones(8, 8)), LinearFormat(FloatGrid("float32")), torch.float32)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        matrix = torch.eye(256, dtype=dtype)
+        _ = matrix @ matrix
+    torch.linalg.cholesky_ex(torch.eye(256, dtype=torch.float64))
+    return int(psutil.Process().memory_info().rss)
 
 
 def device_parts(config: LlamaConfig, decisions: Sequence[Decision], windows: Windows, *, source_itemsize: int) -> dict[str, int]:
