@@ -41,7 +41,7 @@ _TWO_SIDED_BYTES = 32
 """The same while both sides are coupled: target, scales, zero points, errors, their products and codes in fp32, all padded."""
 _NEAREST_BYTES = 3
 """Bytes for each weight when it is only rounded: codes as bytes, while they are packed. The rest goes by panels of rows."""
-_HEAP_BYTES = 80_000_000
+_HEAP_BYTES = 40_000_000
 """What the heap keeps between its phases, and file pages of libraries that come later; measured, see docs/scale.md."""
 _WORKSPACE_BYTES = 140_000_000
 """What the matrix libraries keep for products and factorisations, whatever their size; measured."""
