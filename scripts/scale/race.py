@@ -1,7 +1,7 @@
 """int4-gptq and GPTQModel on one checkpoint with one calibration set, by turns, each in a process and environment of its own.
 
 The time is that of quantizing alone, as each maker measures it: imports, and GPTQModel's loading, are left out; llmq reads the
-checkpoint and writes the result within it. GPTQModel runs in the checkpoint's own dtype, which it would choose, and in fp32.
+checkpoint and writes the result within it. GPTQModel runs in the checkpoint's own dtype, as it would choose.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ _GPTQ = {"bits": 4, "group_size": 128, "sym": False}
 CONTENDERS = (
     Contender("llmq int4-gptq", "llmq", "llmq_maker", {"scheme": "int4-gptq", "set": {}, "words": []}),
     Contender("GPTQModel, bf16", "gptqmodel", "gptqmodel_maker", {**_GPTQ, "dtype": "bfloat16"}),
-    Contender("GPTQModel, fp32", "gptqmodel", "gptqmodel_maker", {**_GPTQ, "dtype": "float32"}),
 )
 
 
