@@ -43,7 +43,7 @@ _NEAREST_BYTES = 3
 """Bytes for each weight when it is only rounded: codes as bytes, while they are packed. The rest goes by panels of rows."""
 _HEAP_BYTES = 40_000_000
 """What the heap keeps between its phases, and file pages of libraries that come later; measured, see docs/scale.md."""
-_WORKSPACE_BYTES = 140_000_000
+_WORKSPACE_BYTES = 50_000_000
 """What the matrix libraries keep for products and factorisations, whatever their size; measured."""
 _SYSTEMS = 4
 """Copies of the systems of equations [rows, P, P] in fp64 while they are solved."""
