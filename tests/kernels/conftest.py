@@ -56,3 +56,10 @@ def triton_device(monkeypatch) -> Iterator[str]:
     triton_interpreter.repair(monkeypatch)
     with np.errstate(all="ignore"):  # a NaN is not worth a warning
         yield "cpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton's interpreter takes its time: leave all that it runs out of the fast part."""
+    for item in items:
+        if item.path.name.startswith("test_triton_"):
+            item.add_marker(pytest.mark.slow)
