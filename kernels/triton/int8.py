@@ -2,9 +2,7 @@
 
     y[m, n] = round( float(sum_k xq[m, k] * wq[n, k]) * ws[n] * xs[m] + bias[n] )        the sum exact, in int32
 
-The arithmetic is that of llmq/ops/reference.py, operation by operation where the codes are made: IEEE division for the scale and
-for its reciprocal, and rounding to nearest, ties to even. Codes are therefore equal bit for bit. A row with a NaN or an infinity
-gets the scale NaN, which makes the row of the result NaN whatever its codes are.
+Codes and scales are those of `quantize`.
 
 What bounds it. 2,048 rows are bound by operations: 2 M N K / peak, where the peak of int8 is twice that of bf16, so the product
 alone takes at least half of what bf16 takes; reading x twice and writing its codes comes on top, (2 * 2 + 1) M K bytes at most
@@ -19,14 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .quantize import SCAN, encode, quantize, row_grid, scan_rows
+
 FEW_ROWS = 16
 """Rows of the instructions' smallest tile: up to here a product is a stream of weights."""
 _FUSED_ROWS = 4
-_SCAN = 4096  # elements of x that a program looks at together, 32 a thread
 _FINISH_OUTPUTS = 512
-
-_NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2**23: between 2**23 and 2**24 fp32 holds the integers and nothing else
-_INFINITY_BITS = tl.constexpr(0x7F800000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,35 +91,6 @@ def launch(rows: int, n: int, k: int, multiprocessors: int, shared: int) -> Laun
     return small
 
 
-def quantize(
-    x: torch.Tensor, input_scale: torch.Tensor | None, eps: float, *, symmetric: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Quantize the rows of x as llmq/ops/reference.py does.
-
-    Args:
-        x: [M, K] of fp32, bf16 or fp16, any strides; M > 0.
-        input_scale: fp32 [1], the scale of all rows, or None.
-        eps: smallest scale that a row finds for itself.
-        symmetric: codes of [-127, 127], else of [-128, 127] and a zero point.
-
-    Returns:
-        codes int8 [M, K], scales fp32 [M], zero points int32 [M] or None.
-    """
-    x = x if x.stride(1) == 1 else x.contiguous()
-    m, k = x.shape
-    codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
-    scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    zero = None if symmetric else torch.empty(m, dtype=torch.int32, device=x.device)
-    static = input_scale is not None
-    scan = min(triton.next_power_of_2(k), _SCAN)
-    block_m = min(triton.next_power_of_2(m), _SCAN // scan)
-    _quantize_rows[(triton.cdiv(m, block_m),)](
-        x, input_scale if static else scale, codes, scale, scale if symmetric else zero, m, k, x.stride(0), eps,
-        SYMMETRIC=symmetric, STATIC=static, BLOCK_M=block_m, SCAN=scan, num_warps=4,
-    )  # fmt: skip
-    return codes, scale, zero
-
-
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -164,7 +131,7 @@ def linear(
         m, n, k, rows.stride(0), how.span(k), eps,
         FUSED=how.fused, STATIC=static, HAS_BIAS=bias is not None, SPLIT=split, WHOLE=k % how.block_k == 0,
         BLOCK_M=how.block_m, BLOCK_N=how.block_n, BLOCK_K=how.block_k, GROUP_M=how.group_m,
-        SCAN=min(triton.next_power_of_2(k), _SCAN // how.block_m), num_warps=how.warps, num_stages=how.stages,
+        SCAN=min(triton.next_power_of_2(k), SCAN // how.block_m), num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     if split:
         _int8_finish[(m, triton.cdiv(n, _FINISH_OUTPUTS))](
@@ -172,104 +139,6 @@ def linear(
             HAS_BIAS=bias is not None, BLOCK_M=1, BLOCK_N=_FINISH_OUTPUTS,
         )  # fmt: skip
     return y
-
-
-@triton.jit
-def _scan_rows(x_ptr, rows, M, K, stride, BLOCK_M: tl.constexpr, SCAN: tl.constexpr):
-    """Return the smallest and the largest finite element of rows of x, 0 among them, and the bits of the largest magnitude.
-
-    As int32, the bits of fp32 magnitudes are ordered as the numbers are, and what is not finite lies from `_INFINITY_BITS` on.
-    """
-    lowest = tl.zeros([BLOCK_M], tl.float32)
-    highest = tl.zeros([BLOCK_M], tl.float32)
-    bits = tl.zeros([BLOCK_M], tl.int32)
-    offsets = rows.to(tl.int64)[:, None] * stride
-    for start in range(0, K, SCAN):
-        ks = start + tl.arange(0, SCAN)
-        x = tl.load(x_ptr + offsets + ks[None, :], mask=(rows[:, None] < M) & (ks[None, :] < K), other=0.0).to(tl.float32)
-        magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        x = tl.where(magnitude < _INFINITY_BITS, x, 0.0)
-        lowest = tl.minimum(lowest, tl.min(x, axis=1))
-        highest = tl.maximum(highest, tl.max(x, axis=1))
-        bits = tl.maximum(bits, tl.max(magnitude, axis=1))
-    return lowest, highest, bits
-
-
-@triton.jit
-def _row_grid(lowest, highest, bits, input_scale_ptr, eps, SYMMETRIC: tl.constexpr, STATIC: tl.constexpr):
-    """Return the scale of each row, NaN where it is not finite, what its elements are multiplied with, and its zero point."""
-    zero = tl.zeros_like(lowest)
-    if STATIC:
-        scale = tl.load(input_scale_ptr) + zero
-    elif SYMMETRIC:
-        scale = tl.maximum(tl.div_rn(tl.maximum(-lowest, highest), zero + 127.0), eps)
-    else:
-        scale = tl.maximum(tl.div_rn(highest - lowest, zero + 255.0), eps)
-        steps = tl.div_rn(lowest, scale)
-        zero = tl.minimum(tl.maximum(-128.0 - ((steps + _NEAREST) - _NEAREST), -128.0), 127.0)
-    inverse = tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
-    inverse = tl.where((inverse.to(tl.int32, bitcast=True) & 0x7FFFFFFF) == _INFINITY_BITS, 0.0, inverse)
-    return tl.where(bits < _INFINITY_BITS, scale, float("nan")), inverse, zero
-
-
-@triton.jit
-def _encode(x, inverse, zero, SYMMETRIC: tl.constexpr):
-    """Return the int8 codes of fp32 x; 0 for what is not finite, whose row has the scale NaN.
-
-    The first clamp keeps within reach of `_NEAREST` what lies far beyond a static scale, and changes no code.
-    """
-    x = tl.where((x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < _INFINITY_BITS, x, 0.0)
-    steps = tl.minimum(tl.maximum(x * inverse, -1024.0), 1024.0)
-    codes = ((steps + _NEAREST) - _NEAREST) + zero
-    return tl.minimum(tl.maximum(codes, -127.0 if SYMMETRIC else -128.0), 127.0).to(tl.int8)
-
-
-@triton.jit
-def _quantize_rows(
-    x_ptr,
-    input_scale_ptr,
-    codes_ptr,
-    scale_ptr,
-    zero_ptr,
-    M,
-    K,
-    stride,
-    eps,
-    SYMMETRIC: tl.constexpr,
-    STATIC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    """Quantize BLOCK_M rows of x [M, K] to int8; the second reading of a row comes from the cache.
-
-    Args:
-        x_ptr: fp32, bf16 or fp16 [M, K], rows `stride` elements apart, elements of a row adjacent.
-        input_scale_ptr: fp32 [1], the scale of all rows where STATIC.
-        codes_ptr: int8 [M, K].
-        scale_ptr: fp32 [M].
-        zero_ptr: int32 [M], not written where SYMMETRIC.
-        M: rows.
-        K: inputs.
-        stride: elements from row to row of x.
-        eps: smallest scale of a dynamic grid.
-        SYMMETRIC: codes of [-127, 127] and no zero point, else [-128, 127] and one.
-        STATIC: the scale is given.
-        BLOCK_M: rows of a program.
-        SCAN: inputs at a time.
-    """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    lowest, highest, bits = _scan_rows(x_ptr, rows, M, K, stride, BLOCK_M, SCAN)
-    scale, inverse, zero = _row_grid(lowest, highest, bits, input_scale_ptr, eps, SYMMETRIC, STATIC)
-    tl.store(scale_ptr + rows, scale, mask=rows < M)
-    if not SYMMETRIC:
-        tl.store(zero_ptr + rows, zero.to(tl.int32), mask=rows < M)
-    offsets = rows.to(tl.int64)[:, None]
-    for start in range(0, K, SCAN):
-        ks = start + tl.arange(0, SCAN)
-        inside = (rows[:, None] < M) & (ks[None, :] < K)
-        x = tl.load(x_ptr + offsets * stride + ks[None, :], mask=inside, other=0.0).to(tl.float32)
-        codes = _encode(x, inverse[:, None], zero[:, None], SYMMETRIC)
-        tl.store(codes_ptr + offsets * K + ks[None, :], codes, mask=inside)
 
 
 @triton.jit
@@ -325,9 +194,9 @@ def _int8_product(
         K: inputs.
         stride: elements from row to row of x or of its codes.
         span: inputs of a program, a multiple of BLOCK_K.
-        eps: as in `_quantize_rows`.
+        eps: as in `quantize`.
         FUSED: see x_ptr. It costs two readings of x by each program, and saves a launch.
-        STATIC: as in `_quantize_rows`; read only where FUSED.
+        STATIC: as in `quantize`; read only where FUSED.
         HAS_BIAS: whether there is a bias.
         SPLIT: store the sums of the span, and leave the rest to `_int8_finish`.
         WHOLE: every span is whole blocks of inputs, so that none needs a mask.
@@ -347,8 +216,8 @@ def _int8_product(
     row_offsets = rows.to(tl.int64)[:, None] * stride
     col_offsets = cols.to(tl.int64)[None, :] * K
     if FUSED:
-        lowest, highest, bits = _scan_rows(x_ptr, rows, M, K, stride, BLOCK_M, SCAN)
-        row_scale, inverse, _ = _row_grid(lowest, highest, bits, x_scale_ptr, eps, SYMMETRIC=True, STATIC=STATIC)
+        lowest, highest, bits = scan_rows(x_ptr, rows, M, K, stride, BLOCK_M, SCAN)
+        row_scale, inverse, _ = row_grid(lowest, highest, bits, x_scale_ptr, eps, SYMMETRIC=True, STATIC=STATIC)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     begin = part * span
     for start in range(begin, tl.minimum(begin + span, K), BLOCK_K):
@@ -359,7 +228,7 @@ def _int8_product(
         weight = tl.load(weight_ptr + col_offsets + ks[:, None], mask=w_inside, other=0)
         codes = tl.load(x_ptr + row_offsets + ks[None, :], mask=x_inside, other=0)
         if FUSED:
-            codes = _encode(codes.to(tl.float32), inverse[:, None], 0.0, SYMMETRIC=True)
+            codes = encode(codes.to(tl.float32), inverse[:, None], 0.0, SYMMETRIC=True)
         total = tl.dot(codes, weight, total, out_dtype=tl.int32)
     inside = (rows[:, None] < M) & (cols[None, :] < N)
     where = rows.to(tl.int64)[:, None] * N + cols[None, :]

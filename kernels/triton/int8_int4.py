@@ -24,7 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .int8 import FEW_ROWS, quantize
+from .int8 import FEW_ROWS
+from .quantize import quantize
 from .split import add_parts
 
 PANEL = 16
