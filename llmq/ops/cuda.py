@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -44,33 +46,45 @@ def cuda_gpu(least: tuple[int, int] = (0, 0)) -> Support:
     return SUPPORTED
 
 
-def _on_gpu(case: Case) -> Support:
-    if case.device != "cuda":
-        return unsupported(f"it is for CUDA GPUs, and the weight is on {case.device}")
-    return computable(case)
+class GpuKernel(ABC):
+    """What kernels for NVIDIA GPUs have in common: any number of rows, and limits that can be asked without a GPU."""
 
-
-class Tinygemm:
-    """`aten._weight_int4pack_mm`: int4 weights in tensor-core tiles, dequantized (q - 8) * s + z on the way."""
-
-    name = "tinygemm"
-    layout = "tinygemm"
-    formats = "int4, int3 and int2 weights (all read as 4 bits), groups of 32 to 256, bf16 scales, no or float zero point; bf16"
+    least: tuple[int, int] = AMPERE
+    """Compute capability that it needs."""
     min_rows = 1
     max_rows: int | None = None
 
+    @abstractmethod
+    def fits(self, case: Case) -> Support:
+        """Whether the case is within the kernel's limits, on a machine that has the GPU."""
+
     def available(self) -> Support:
         """See `Kernel.available`."""
-        return cuda_gpu(AMPERE)
+        return cuda_gpu(self.least)
 
     def supports(self, case: Case) -> Support:
         """See `Kernel.supports`."""
         answer = self.fits(case)
         return self.available() if answer.ok else answer
 
+
+def on_gpu(case: Case) -> Support:
+    """Whether the weight is on a GPU, and the case one that can be computed."""
+    if case.device != "cuda":
+        return unsupported(f"it is for CUDA GPUs, and the weight is on {case.device}")
+    return computable(case)
+
+
+class Tinygemm(GpuKernel):
+    """`aten._weight_int4pack_mm`: int4 weights in tensor-core tiles, dequantized (q - 8) * s + z on the way."""
+
+    name = "tinygemm"
+    layout = "tinygemm"
+    formats = "int4, int3 and int2 weights (all read as 4 bits), groups of 32 to 256, bf16 scales, no or float zero point; bf16"
+
     def fits(self, case: Case) -> Support:
-        """Whether the case is within the kernel's limits, on a machine that has the GPU."""
-        answer = _on_gpu(case)
+        """See `GpuKernel.fits`."""
+        answer = on_gpu(case)
         if not answer.ok:
             return answer
         if case.format.activation is not None:
@@ -112,26 +126,16 @@ class Tinygemm:
         return y if bias is None else y + bias
 
 
-class CudaIntMm(CanonicalLayout):
+class CudaIntMm(GpuKernel, CanonicalLayout):
     """`torch._int_mm` on tensor cores; fewer than 17 rows are padded with zeros, which the product needs and nothing sees."""
 
     name = "cuda-int-mm"
     formats = "int8 weights, one scale a row; symmetric int8 activations, dynamic or static"
-    min_rows = 1
-    max_rows: int | None = None
-
-    def available(self) -> Support:
-        """See `Kernel.available`."""
-        return cuda_gpu()
-
-    def supports(self, case: Case) -> Support:
-        """See `Kernel.supports`."""
-        answer = self.fits(case)
-        return self.available() if answer.ok else answer
+    least = (0, 0)
 
     def fits(self, case: Case) -> Support:
-        """Whether the case is within the kernel's limits, on a machine that has the GPU."""
-        answer = _on_gpu(case)
+        """See `GpuKernel.fits`."""
+        answer = on_gpu(case)
         if not answer.ok:
             return answer
         if case.n % 8 or case.k % 8:

@@ -9,8 +9,8 @@ from llmq.numerics.grid import Float8Activation, Float8Grid
 from llmq.numerics.weight import QuantizedWeight
 from llmq.ops import triton_support
 from llmq.ops.aten import float8_product
-from llmq.ops.cuda import cuda_gpu
-from llmq.ops.reference import computable, float8_codes, quantize_activation
+from llmq.ops.cuda import GpuKernel, on_gpu
+from llmq.ops.reference import float8_codes, quantize_activation
 from llmq.ops.schema import SUPPORTED, CanonicalLayout, Case, Support, unsupported
 
 ADA = (8, 9)
@@ -28,10 +28,8 @@ _LIBRARY.define("float8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bi
 
 def _float8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply x bf16 or fp16 [M, K] by float8 [N, K] with scales [N, 1], in Triton -> [M, N]."""
-    triton_support.check_device(x)
-    kernels, cuts = triton_support.load("weight_only_float8"), triton_support.load("weight_only")
-    gpu = cuts.Gpu(triton_support.multiprocessors(x.device), triton_support.shared_memory(x.device))
-    y: Tensor = kernels.linear(x if x.stride(1) == 1 else x.contiguous(), weight, scale, bias, gpu)
+    gpu = triton_support.gpu_of(x)
+    y: Tensor = triton_support.load("weight_only_float8").linear(triton_support.readable(x), weight, scale, bias, gpu)
     return y
 
 
@@ -39,33 +37,23 @@ def _float8_linear_fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor |
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-_LIBRARY.impl("float8_linear", _float8_linear, "CUDA")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("float8_linear", _float8_linear, "CPU")  # type: ignore[no-untyped-call]  # Triton's interpreter, or a sentence
-torch.library.register_fake("llmq::float8_linear", _float8_linear_fake, lib=_LIBRARY)
+triton_support.register(_LIBRARY, "float8_linear", _float8_linear, _float8_linear_fake)
 
 
-class ScaledMm(CanonicalLayout):
+class ScaledMm(GpuKernel, CanonicalLayout):
     """`torch._scaled_mm` on float8 tensor cores, one scale a row of x and a row of the weight."""
 
     name = "scaled-mm"
     formats = "float8 weights; float8 activations by token or tensor; bf16"
-    min_rows = 1
-    max_rows: int | None = None
-
-    def available(self) -> Support:
-        """See `Kernel.available`."""
-        return cuda_gpu(ADA)
-
-    def supports(self, case: Case) -> Support:
-        """See `Kernel.supports`."""
-        answer = self.fits(case)
-        return self.available() if answer.ok else answer
+    least = ADA
 
     def fits(self, case: Case) -> Support:
-        """Whether the case is within the kernel's limits, on a machine that has the GPU."""
-        answer = _on_gpu(case)
+        """See `GpuKernel.fits`."""
+        answer = on_gpu(case)
         if not answer.ok:
             return answer
+        if not isinstance(case.format.weight, Float8Grid):
+            return unsupported("it takes float8 weights")
         if case.format.activation is None:
             return unsupported("it takes float8 activations")
         if case.dtype != torch.bfloat16:
@@ -102,7 +90,7 @@ class ScaledMm(CanonicalLayout):
         return _LOST * ((codes.double() * scale).abs() @ weight.dequantize(torch.float64).abs().T)
 
 
-class TritonFloat8(CanonicalLayout):
+class TritonFloat8(triton_support.TritonKernel, CanonicalLayout):
     """Float8 weights read as they are, turned to the activations' dtype in registers, which is exact; fp32 sums, then the scale.
 
     See `kernels/triton/weight_only_float8.py`.
@@ -110,27 +98,15 @@ class TritonFloat8(CanonicalLayout):
 
     name = "triton-float8"
     formats = "float8 weights; bf16 and fp16"
-    min_rows = 1
-    max_rows: int | None = None
-
-    def available(self) -> Support:
-        """See `Kernel.available`."""
-        return triton_support.triton_gpu(ADA)
-
-    def supports(self, case: Case) -> Support:
-        """See `Kernel.supports`."""
-        answer = self.fits(case)
-        return self.available() if answer.ok else answer
+    least = ADA
 
     def fits(self, case: Case) -> Support:
-        """Whether the case is within the kernel's limits, on a machine that has the GPU."""
-        answer = _on_gpu(case)
+        """See `GpuKernel.fits`."""
+        answer = triton_support.weight_only(case)
         if not answer.ok:
             return answer
-        if case.format.activation is not None:
-            return unsupported("it does not quantize activations")
-        if case.dtype not in (torch.bfloat16, torch.float16):
-            return unsupported(f"it takes bfloat16 and float16 activations, and these are {case.dtype}")
+        if not isinstance(case.format.weight, Float8Grid):
+            return unsupported("it takes float8 weights")
         if case.k % _STEP:
             return unsupported(f"it takes multiples of {_STEP} inputs, and K is {case.k}")
         return SUPPORTED
@@ -139,11 +115,3 @@ class TritonFloat8(CanonicalLayout):
         """See `Kernel.linear`."""
         y: Tensor = torch.ops.llmq.float8_linear(x, *tensors, bias)
         return y
-
-
-def _on_gpu(case: Case) -> Support:
-    if case.device != "cuda":
-        return unsupported(f"it is for CUDA GPUs, and the weight is on {case.device}")
-    if not isinstance(case.format.weight, Float8Grid):
-        return unsupported("it takes float8 weights")
-    return computable(case)

@@ -14,9 +14,9 @@ from llmq.numerics.grid import ActivationGrid, IntGrid
 from llmq.numerics.weight import QuantizedWeight
 from llmq.ops import triton_support
 from llmq.ops.aten import int8_dynamic
+from llmq.ops.cuda import on_gpu
 from llmq.ops.nibbles import MIDDLE, from_nibbles, is_nibble, nibble_codes
-from llmq.ops.reference import computable
-from llmq.ops.schema import CanonicalLayout, Case, Support, unsupported
+from llmq.ops.schema import SUPPORTED, CanonicalLayout, Case, Support, unsupported
 
 PANEL = 16
 """Outputs that lie together; `kernels/triton/int8_int4.py` has the layout."""
@@ -92,32 +92,20 @@ for _name, _real, _fake in (
     ("triton_int8_linear", _int8_linear, _int8_linear_fake),
     ("triton_int8_int4_linear", _int8_int4_linear, _int8_int4_linear_fake),
 ):
-    _LIBRARY.impl(_name, _real, "CUDA")  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(_name, _real, "CPU")  # type: ignore[no-untyped-call]  # Triton's interpreter, or a sentence
-    torch.library.register_fake(f"llmq::{_name}", _fake, lib=_LIBRARY)
+    triton_support.register(_LIBRARY, _name, _real, _fake)
 
 
-class TritonInt8Dynamic(CanonicalLayout):
+class TritonInt8Dynamic(triton_support.TritonKernel, CanonicalLayout):
     """int8 x int8 on tensor cores, summed and scaled in registers; up to 4 rows of x are quantized by the product itself."""
 
     name = "triton-int8-dynamic"
     formats = "int8 weights, one scale a row; symmetric int8 activations, dynamic or static"
-    min_rows = 1
-    max_rows: int | None = None
-
-    def available(self) -> Support:
-        """See `Kernel.available`."""
-        return triton_support.triton_gpu()
-
-    def supports(self, case: Case) -> Support:
-        """See `Kernel.supports`."""
-        answer = self.fits(case)
-        return self.available() if answer.ok else answer
 
     def fits(self, case: Case) -> Support:
-        """Whether the case is within the kernel's limits, on a machine that has the GPU."""
-        if case.device != "cuda":
-            return unsupported(f"it is for CUDA GPUs, and the weight is on {case.device}")
+        """See `GpuKernel.fits`."""
+        answer = on_gpu(case)
+        if not answer.ok:
+            return answer
         if case.k % 16:
             return unsupported(f"it reads 16 inputs at a time, from addresses that are multiples of 16, and K is {case.k}")
         return int8_dynamic(case)
@@ -132,37 +120,27 @@ class TritonInt8Dynamic(CanonicalLayout):
         return y
 
 
-class TritonInt8DynamicInt4:
+class TritonInt8DynamicInt4(triton_support.TritonKernel):
     """int8 x int4 on tensor cores: exact sums of a group, or of a part of it, each scaled in fp32."""
 
     name = "triton-int8-dynamic-int4"
     layout = "triton-int4-pairs"
     formats = "int4, int3 and int2 weights (all read as 4 bits), integer zero points or none; int8 activations of every kind"
-    min_rows = 1
-    max_rows: int | None = None
-
-    def available(self) -> Support:
-        """See `Kernel.available`."""
-        return triton_support.triton_gpu()
-
-    def supports(self, case: Case) -> Support:
-        """See `Kernel.supports`."""
-        answer = self.fits(case)
-        return self.available() if answer.ok else answer
 
     def fits(self, case: Case) -> Support:
-        """Whether the case is within the kernel's limits, on a machine that has the GPU."""
+        """See `GpuKernel.fits`."""
         grid = case.format.weight
-        if case.device != "cuda":
-            return unsupported(f"it is for CUDA GPUs, and the weight is on {case.device}")
         if not isinstance(case.format.activation, ActivationGrid):
             return unsupported("it takes int8 activations")
         if not isinstance(grid, IntGrid) or not is_nibble(grid):
             return unsupported("it takes weights of 2 to 4 bits")
+        answer = on_gpu(case)
+        if not answer.ok:
+            return answer
         group = grid.group_size or case.k
         if group % CHUNKS[-1]:
             return unsupported(f"it takes groups of a multiple of {CHUNKS[-1]} inputs, and these have {group}")
-        return computable(case)
+        return SUPPORTED
 
     def prepack(self, weight: QuantizedWeight) -> tuple[Tensor, ...]:
         """Return packed codes, scales [groups, N] and, where there are some, zero points [groups, N], sums and the input scale.

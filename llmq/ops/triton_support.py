@@ -13,13 +13,15 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from llmq.errors import KernelError
-from llmq.ops.cuda import AMPERE, cuda_gpu
-from llmq.ops.schema import Support, unsupported
+from llmq.ops.cuda import AMPERE, GpuKernel, cuda_gpu, on_gpu
+from llmq.ops.schema import SUPPORTED, Case, Support, unsupported
 
 
 def interpreted() -> bool:
@@ -35,6 +37,33 @@ def triton_gpu(least: tuple[int, int] = AMPERE) -> Support:
     if answer.ok and interpreted():
         return unsupported("TRITON_INTERPRET is 1, and Triton's interpreter is for tests; unset it")
     return answer
+
+
+class TritonKernel(GpuKernel):
+    """A `GpuKernel` that Triton compiles."""
+
+    def available(self) -> Support:
+        """See `Kernel.available`."""
+        return triton_gpu(self.least)
+
+
+def weight_only(case: Case) -> Support:
+    """Whether it is a case of 16-bit activations on a GPU."""
+    answer = on_gpu(case)
+    if not answer.ok:
+        return answer
+    if case.format.activation is not None:
+        return unsupported("it does not quantize activations")
+    if case.dtype not in (torch.bfloat16, torch.float16):
+        return unsupported(f"it takes bfloat16 and float16 activations, and these are {case.dtype}")
+    return SUPPORTED
+
+
+def register(library: torch.library.Library, name: str, real: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Implement the defined operator `llmq::name` by one of Triton's kernels: on GPUs, and in the interpreter on the CPU."""
+    library.impl(name, real, "CUDA")  # type: ignore[no-untyped-call]
+    library.impl(name, real, "CPU")  # type: ignore[no-untyped-call]  # outside of the interpreter it says what is wrong
+    torch.library.register_fake(f"llmq::{name}", fake, lib=library)
 
 
 def load(name: str) -> ModuleType:
@@ -53,6 +82,17 @@ def check_device(tensor: torch.Tensor) -> None:
     if tensor.is_cuda or (tensor.is_cpu and interpreted()):
         return
     raise KernelError(f"Triton's kernels take tensors on a CUDA GPU, and these are on {tensor.device}; move them there.")
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """Return x [M, K] with the elements of a row adjacent, copied only where they are not."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def gpu_of(x: torch.Tensor) -> Any:
+    """Return what `weight_only` knows of the GPU that x is on, as its `Gpu`; raises KernelError where Triton cannot read x."""
+    check_device(x)
+    return load("weight_only").Gpu(multiprocessors(x.device), shared_memory(x.device))
 
 
 @functools.cache

@@ -6,8 +6,6 @@ compiled graphs and CUDA graphs (nothing waits for the device), the packing, and
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,6 @@ from llmq.numerics.grid import IntGrid
 from llmq.numerics.weight import QuantizedWeight
 from llmq.ops import triton_support
 from llmq.ops.nibbles import MIDDLE, from_nibbles, is_nibble, nibble_codes
-from llmq.ops.reference import computable
 from llmq.ops.schema import SUPPORTED, CanonicalLayout, Case, Support, unsupported
 
 GROUP_MULTIPLE_INT8 = 16
@@ -31,21 +28,10 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
 )
 
 
-def _gpu(x: Tensor) -> Any:
-    triton_support.check_device(x)
-    device = x.device
-    cuts = triton_support.load("weight_only")
-    return cuts.Gpu(triton_support.multiprocessors(device), triton_support.shared_memory(device))
-
-
-def _readable(x: Tensor) -> Tensor:
-    """Return x with the elements of a row adjacent."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply x [M, K] by int8 [N, K] with scales [N, G] -> [M, N] of x's dtype."""
-    y: Tensor = triton_support.load("weight_only_int8").linear(_readable(x), weight, scale, bias, _gpu(x))
+    gpu = triton_support.gpu_of(x)
+    y: Tensor = triton_support.load("weight_only_int8").linear(triton_support.readable(x), weight, scale, bias, gpu)
     return y
 
 
@@ -55,7 +41,8 @@ def _int8_linear_fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
 
 def _int4_linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
     """Multiply x [M, K] by words int32 [N, K/8] with scales and perhaps zero points [N, G] -> [M, N] of x's dtype."""
-    y: Tensor = triton_support.load("weight_only_int4").linear(_readable(x), words, scale, zero, bias, _gpu(x))
+    gpu = triton_support.gpu_of(x)
+    y: Tensor = triton_support.load("weight_only_int4").linear(triton_support.readable(x), words, scale, zero, bias, gpu)
     return y
 
 
@@ -73,31 +60,18 @@ for _name, _real, _fake in (
     ("triton_int8_weight_linear", _int8_linear, _int8_linear_fake),
     ("triton_int4_weight_linear", _int4_linear, _int4_linear_fake),
 ):
-    _LIBRARY.impl(_name, _real, "CUDA")  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(_name, _real, "CPU")  # type: ignore[no-untyped-call]  # Triton's interpreter, or a sentence
-    torch.library.register_fake(f"llmq::{_name}", _fake, lib=_LIBRARY)
+    triton_support.register(_LIBRARY, _name, _real, _fake)
 
 
-class TritonInt8(CanonicalLayout):
+class TritonInt8(triton_support.TritonKernel, CanonicalLayout):
     """int8 weights x 16-bit activations: one row in fp32, more of them on tensor cores; codes exact, scales on their sums."""
 
     name = "triton-int8"
     formats = "int8 weights, symmetric, one scale a row or groups of a multiple of 16; bf16, fp16"
-    min_rows = 1
-    max_rows: int | None = None
-
-    def available(self) -> Support:
-        """See `Kernel.available`."""
-        return triton_support.triton_gpu()
-
-    def supports(self, case: Case) -> Support:
-        """See `Kernel.supports`."""
-        answer = self.fits(case)
-        return self.available() if answer.ok else answer
 
     def fits(self, case: Case) -> Support:
-        """Whether the case is within the kernel's limits, on a machine that has the GPU."""
-        answer = _weight_only(case)
+        """See `GpuKernel.fits`."""
+        answer = triton_support.weight_only(case)
         if not answer.ok:
             return answer
         grid = case.format.weight
@@ -107,7 +81,7 @@ class TritonInt8(CanonicalLayout):
             return unsupported(
                 f"it takes groups of a multiple of {GROUP_MULTIPLE_INT8} inputs, or one a row, and these are of {grid.group_size}"
             )
-        return computable(case)
+        return SUPPORTED
 
     def linear(self, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None, case: Case) -> Tensor:  # noqa: ARG002
         """See `Kernel.linear`."""
@@ -115,27 +89,16 @@ class TritonInt8(CanonicalLayout):
         return y
 
 
-class TritonInt4:
+class TritonInt4(triton_support.TritonKernel):
     """int4 weights x 16-bit activations: one row in fp32, more on tensor cores; scales and zero points on sums of groups."""
 
     name = "triton-int4"
     layout = "triton-int4-words"
     formats = "int4, int3 and int2 weights (all read as 4 bits), groups of a multiple of 32, all kinds of zero points; bf16, fp16"
-    min_rows = 1
-    max_rows: int | None = None
-
-    def available(self) -> Support:
-        """See `Kernel.available`."""
-        return triton_support.triton_gpu()
-
-    def supports(self, case: Case) -> Support:
-        """See `Kernel.supports`."""
-        answer = self.fits(case)
-        return self.available() if answer.ok else answer
 
     def fits(self, case: Case) -> Support:
-        """Whether the case is within the kernel's limits, on a machine that has the GPU."""
-        answer = _weight_only(case)
+        """See `GpuKernel.fits`."""
+        answer = triton_support.weight_only(case)
         if not answer.ok:
             return answer
         grid = case.format.weight
@@ -147,7 +110,7 @@ class TritonInt4:
             return unsupported(
                 f"it takes groups of a multiple of {GROUP_MULTIPLE_INT4} inputs, and these are of {grid.group_size}"
             )
-        return computable(case)
+        return SUPPORTED
 
     def prepack(self, weight: QuantizedWeight) -> tuple[Tensor, ...]:
         """See `Kernel.prepack`: words, scale and, where there is one, zero point."""
@@ -170,17 +133,6 @@ class TritonInt4:
         words, scale, *zero = tensors
         y: Tensor = torch.ops.llmq.triton_int4_weight_linear(x, words, scale, zero[0] if zero else None, bias)
         return y
-
-
-def _weight_only(case: Case) -> Support:
-    """Whether it is a case of 16-bit activations on a GPU."""
-    if case.device != "cuda":
-        return unsupported(f"it is for CUDA GPUs, and the weight is on {case.device}")
-    if case.format.activation is not None:
-        return unsupported("it does not quantize activations")
-    if case.dtype not in (torch.bfloat16, torch.float16):
-        return unsupported(f"it takes bfloat16 and float16 activations, and these are {case.dtype}")
-    return SUPPORTED
 
 
 def _int_grid(grid: object) -> IntGrid:
