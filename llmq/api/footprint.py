@@ -208,8 +208,8 @@ def _linear(decision: Decision) -> _Linear:
 
 def _stored_bytes(decision: Decision) -> int:
     n, k = decision.parameter.shape
-    grid = decision.format.weight if decision.format is not None else None
-    return 0 if grid is None or isinstance(grid, FloatGrid) else int(n * k * grid.bits_per_weight(k) / 8)
+    form = decision.format
+    return int(n * k * form.weight.bits_per_weight(k) / 8) if form is not None and form.quantized else 0
 
 
 def _opening(config: LlamaConfig, itemsize: int) -> dict[str, int]:
@@ -221,10 +221,10 @@ def _result(config: LlamaConfig, decisions: Iterable[Decision], itemsize: int) -
     """Scales, zero points and all that is not quantized: codes are only mapped."""
     floats = 0
     for decision in decisions:
-        grid = decision.format.weight if decision.format is not None else None
-        if grid is not None and not isinstance(grid, FloatGrid):
+        form = decision.format
+        if form is not None and form.quantized:
             n, k = decision.parameter.shape
-            bits = grid.bits if isinstance(grid, IntGrid) else 8
+            bits = form.weight.bits if isinstance(form.weight, IntGrid) else 8
             floats += _stored_bytes(decision) - n * -(-k * bits // 8)
         elif not (config.tie_word_embeddings and decision.fqn == "lm_head"):
             floats += decision.parameter.numel() * itemsize

@@ -7,10 +7,17 @@ from torch import nn
 from llmq.benchmark.choosing import KernelTimer
 from llmq.ops.choice_file import KeptTimes, choices_path, this_machine
 from llmq.ops.select import KernelChoice, prepare
+from llmq.ops.table import kernel_named
 from llmq.progress import SILENT, Progress
 
 FIXED, MEASURED = "fixed", "measured"
 """Two ways of choosing, where a kernel's name could stand."""
+
+
+def check_kernel(kernel: str | None) -> None:
+    """Raise KernelError when nothing can be chosen by that name."""
+    if kernel not in (None, FIXED, MEASURED):
+        kernel_named(kernel)
 
 
 def lay_out(model: nn.Module, kernel: str | None, device: str, progress: Progress = SILENT) -> list[KernelChoice]:

@@ -13,7 +13,7 @@ import torch
 from llmq.algorithms.report import LayerReport
 from llmq.api.calibrating import calibration_set
 from llmq.api.distilling import distill_model, distill_settings
-from llmq.api.kernel_choice import lay_out
+from llmq.api.kernel_choice import check_kernel, lay_out
 from llmq.api.recipes import Recipe, settle
 from llmq.api.sizes import Size, size_of
 from llmq.calibration.recorder import CalibrationSet
@@ -68,6 +68,7 @@ class Setup:
         """Set torch's thread count and seed; check the device and the dtypes."""
         kv_dtype(self.kv_cache, self.torch_dtype)  # refuses unknown ones before anything is loaded
         check_runtime(self.runtime)
+        check_kernel(self.kernel)
         self.check_device()
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("device cuda was asked for, but torch sees no CUDA device; use --device cpu (`llmq env` says more).")

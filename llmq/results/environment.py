@@ -7,7 +7,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import llmq
 
@@ -37,18 +37,22 @@ def capture(threads: int, device: str = "cpu") -> Environment:
     """
     from llmq.results.record import Environment  # pydantic: who asks for a CPU's name or cache does without
 
-    return Environment(
-        llmq=llmq.__version__,
-        python=platform.python_version(),
-        packages=package_versions(),
-        platform=f"{platform.system()} {platform.release()} {platform.machine()}",
-        cpu=cpu_name(),
-        cpu_features=cpu_features(),
-        cores=available_cores(),
-        threads=threads,
-        device=device,
-        memory_bytes=available_memory_bytes(),
-    )
+    return Environment(**facts(threads, device), memory_bytes=available_memory_bytes())
+
+
+def facts(threads: int, device: str = "cpu") -> dict[str, Any]:
+    """Return what `capture` says, as plain data and without the memory, which needs psutil."""
+    return {
+        "llmq": llmq.__version__,
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "cpu_features": cpu_features(),
+        "cores": available_cores(),
+        "threads": threads,
+        "device": device,
+    }
 
 
 def package_versions() -> dict[str, str]:

@@ -6,21 +6,21 @@ Records are written without pydantic, which a GPU machine may lack; a test reads
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import llmq
 from llmq.errors import UsageError
 from llmq.files import atomic_path
-from llmq.results.environment import available_cores, cpu_features, cpu_name, package_versions
+from llmq.results.environment import facts
 
 SCHEMA_VERSION = 3
 """Of the records; a test holds it equal to `llmq.results.record`."""
@@ -65,30 +65,14 @@ class Finding:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Return where this runs, as records say it; the GPU's driver, and triton, are among the packages."""
-    packages = package_versions()
-    name = device
-    if device == "cuda":
-        name = f"cuda ({torch.cuda.get_device_name()})"
-        packages["cuda"] = torch.version.cuda or "unknown"
-    try:
-        import triton
-
-        packages["triton"] = triton.__version__
-    except ImportError:
-        pass
-    return {
-        "llmq": llmq.__version__,
-        "python": platform.python_version(),
-        "packages": packages,
-        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": cpu_name(),
-        "cpu_features": cpu_features(),
-        "cores": available_cores(),
-        "threads": torch.get_num_threads(),
-        "device": name,
-        "memory_bytes": torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0,
-    }
+    """Return where this runs, as records say it; CUDA and Triton are among the packages, and the memory is the GPU's."""
+    gpu = device == "cuda"
+    where = facts(torch.get_num_threads(), f"cuda ({torch.cuda.get_device_name()})" if gpu else device)
+    more = {"cuda": torch.version.cuda} if gpu else {}
+    with suppress(PackageNotFoundError):
+        more["triton"] = version("triton")
+    memory = torch.cuda.get_device_properties(0).total_memory if gpu else 0
+    return where | {"packages": where["packages"] | more, "memory_bytes": memory}
 
 
 def record_of(finding: Finding, where: dict[str, Any]) -> dict[str, Any]:
