@@ -10,6 +10,8 @@ from torch import nn
 
 from llmq.api import kernel_choice
 from llmq.api.kernel_choice import FIXED, MEASURED, lay_out
+from llmq.api.loading import Setup, open_model
+from llmq.errors import KernelError
 from llmq.ops.choice_file import KeptTimes, Machine
 
 
@@ -36,3 +38,8 @@ def test_the_way_of_choosing(
     assert asked.get("prefer") == prefer
     assert isinstance(asked.get("timer"), KeptTimes) == measured
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_kernel_is_refused_before_anything_is_opened():
+    with pytest.raises(KernelError, match="unknown kernel 'native-in4'"):
+        open_model("no such checkpoint", None, Setup(kernel="native-in4"))

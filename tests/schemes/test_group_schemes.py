@@ -64,3 +64,10 @@ def test_each_step_is_an_option_that_changes_the_result(option: dict[str, object
     assert report.loss is not None
     assert report.rtn_loss is not None
     assert report.loss < report.rtn_loss
+
+
+@pytest.mark.parametrize(("scheme", "corrects"), [("int4-gptq", False), ("int4-yaqa", True), ("int4-best", True)])
+def test_who_walks_beside_the_original(scheme: str, corrects: bool) -> None:
+    """The correction of upstream error costs a pass of the original: the fast scheme goes without, unless it is asked."""
+    assert (Needs.UPSTREAM in resolve(scheme).needs) is corrects
+    assert Needs.UPSTREAM in resolve(scheme, {"correction": 0.5}).needs

@@ -122,3 +122,22 @@ def test_it_refuses_in_one_sentence(tmp_path: Path) -> None:
     done = run("--device", "cpu", "--out", tmp_path / "there.jsonl", code=2)
     assert "exists already" in done.stderr
     assert "holds no records" in run("--report", tmp_path / "there.jsonl", code=2).stderr
+
+
+def test_what_is_wrong_is_kept_and_ratios_are_of_speeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(REPO / "scripts"))
+    from gpu.findings import Finding, read_findings, write_records
+    from gpu.table import ratios
+
+    what = "int4 g=128, 4096 x 11008 (7B), rows: 1"
+    found = [
+        Finding("verify", "int4 g=32", "triton-int4", 3.5, "of the bound", wrong="element (0, 1) is off", note="seen twice"),
+        Finding("kernels", what, "triton-int4", 20.0, "us", "copy", 0.5, more={"gbps": (1200.0, "GB/s")}),
+        Finding("kernels", what, "tinygemm", 30.0, "us", "copy", 0.3),
+        Finding("model", "bf16: prefill of 2048", "torch-dense", 60.0, "ms"),
+        Finding("model", "int8-dynamic: prefill of 2048", "triton-int8-dynamic", 40.0, "ms"),
+    ]
+    write_records(tmp_path / "found.jsonl", found, "cpu")
+    again, _ = read_findings(tmp_path / "found.jsonl")
+    assert again == found
+    assert [value for _, value in ratios(again)] == [1.5, 1.5]
